@@ -311,6 +311,12 @@ class AdapterLayout:
         return cls(**{**values, "keys": tuple(values["keys"]), "shapes": tuple(tuple(shape) for shape in values["shapes"])})
 
 
+def same_function(config: LoraConfig, layout: AdapterLayout) -> bool:
+    """Whether an adapter of this configuration computes the same function of the same tensors as one of `layout`."""
+    found = _json_config(config)
+    return all(found.get(name) == layout.peft_config.get(name) for name in _FUNCTIONAL)
+
+
 def _expected_shape(key: str, shape: tuple[int, ...], module: nn.Module) -> tuple[int, ...]:
     """The shape that the LoRA matrix `key` of rank and kernel as in `shape` must have on `module`."""
     for names in _IN_OUT:

@@ -1,0 +1,195 @@
+"""Vector -> PeftModel: load the base, attach an adapter, swap its values, save it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .adapter_layout import PREFIX, AdapterLayout, same_function
+
+logger = logging.getLogger(__name__)
+
+
+def load_base(layout: AdapterLayout, name: str, revision: str | None, **base_model_kwargs: Any) -> PreTrainedModel:
+    """Load the base model that a layout was derived from.
+
+    Args:
+        layout (`AdapterLayout`): Names the model class.
+        name (`str`): Hub id or folder of the base.
+        revision (`str`, *optional*): Its revision.
+        **base_model_kwargs: For the class's `from_pretrained` (`dtype`, `device_map`, `quantization_config`, ...).
+
+    Returns:
+        `PreTrainedModel`: In eval mode.
+
+    Raises:
+        `ValueError`: If transformers has no such class.
+    """
+    if layout.base_model_class is None:
+        kind: Any = transformers.AutoModelForCausalLM
+    elif (kind := getattr(transformers, layout.base_model_class, None)) is None:
+        raise ValueError(f"transformers {transformers.__version__} has no class {layout.base_model_class}: pass base_model.")
+    return kind.from_pretrained(name, revision=revision or "main", **base_model_kwargs).eval()
+
+
+def share_tensors(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model of its own modules on the same parameters and buffers: adapters of the one never reach the other."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def attach(
+    model: PreTrainedModel | PeftModel,
+    layout: AdapterLayout,
+    state_dict: Mapping[str, Tensor],
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+) -> PeftModel:
+    """Put an adapter onto a base model and make it the active one.
+
+    A `PreTrainedModel` is wrapped in place, as `peft.get_peft_model` does. On a `PeftModel` the named adapter is added, or, where that
+    name is there with the same layout, its values are swapped in place without a new injection.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The base.
+        layout (`AdapterLayout`): The layout of the adapter.
+        state_dict (`Mapping[str, Tensor]`): Its tensors.
+        adapter_name (`str`, defaults to `"default"`): Name of the adapter.
+        is_trainable (`bool`, defaults to `False`): Leave the adapter in train mode with gradients.
+        provenance (`Mapping[str, Any]`, *optional*): What [`save_adapter`] writes into the card.
+
+    Returns:
+        `PeftModel`: The same object where `model` is a `PeftModel` already.
+
+    Raises:
+        `ValueError`: If the base does not fit the layout, the name is taken by another layout, or a value is not finite; nothing has
+            been touched then.
+    """
+    vector = layout.flatten(state_dict)
+    if not torch.isfinite(vector).all():
+        raise ValueError(f"The adapter holds {int((~torch.isfinite(vector)).sum())} NaN or infinite values of {layout.numel}.")
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name={adapter_name!r} must be a non-empty string without dots.")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    taken = isinstance(model, PeftModel) and adapter_name in model.peft_config
+    if taken:
+        _check_same_layout(model, layout, adapter_name)
+    else:
+        layout.check_base(base)
+        _warn_of_another_base(base, layout)
+    config = layout.lora_config()
+    config.inference_mode = not is_trainable
+    config.base_model_name_or_path = base.name_or_path or layout.base_model_name_or_path
+    if taken:
+        model.peft_config[adapter_name].inference_mode = not is_trainable
+        with torch.no_grad():
+            for key, value in state_dict.items():
+                model.get_parameter(_parameter_name(key, adapter_name)).copy_(value)
+    else:
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
+        else:
+            model = get_peft_model(model, config, adapter_name=adapter_name, low_cpu_mem_usage=True)
+        _fill(model, base, state_dict, adapter_name)
+    assert isinstance(model, PeftModel)
+    model.set_adapter(adapter_name, inference_mode=not is_trainable)
+    _provenance(model)[adapter_name] = dict(provenance or {})
+    return model.train(is_trainable)
+
+
+def _fill(model: PeftModel, base: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str) -> None:
+    """Replace the meta tensors of a fresh injection, each on its module's own device."""
+    devices = {name: module.weight.device for name, module in base.named_modules() if hasattr(module, "base_layer")}
+    placed = {key: value.to(devices[key.removeprefix(PREFIX).rsplit(".lora_", 1)[0]]) for key, value in state_dict.items()}
+    outcome = set_peft_model_state_dict(model, placed, adapter_name=adapter_name, low_cpu_mem_usage=True)
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta and f".{adapter_name}" in name]
+    if outcome.unexpected_keys or empty:
+        raise RuntimeError(f"peft left {empty[:1] or outcome.unexpected_keys[:1]} unfilled: please report this layout.")
+
+
+def _parameter_name(key: str, adapter_name: str) -> str:
+    stem, weight, _ = key.rpartition(".weight")
+    return f"{stem}.{adapter_name}.weight" if weight else f"{key}.{adapter_name}"
+
+
+def _check_same_layout(model: PeftModel, layout: AdapterLayout, adapter_name: str) -> None:
+    """Refuse to swap values into an adapter of another layout, in time proportional to the adapter."""
+    action = "Choose another adapter_name or delete_adapter it first."
+    if not same_function(model.peft_config[adapter_name], layout):
+        raise ValueError(f"The adapter {adapter_name!r} is there with another LoRA configuration. {action}")
+    for key, shape in zip(layout.keys, layout.shapes, strict=True):
+        try:
+            found = tuple(model.get_parameter(_parameter_name(key, adapter_name)).shape)
+        except AttributeError:
+            found = ()
+        if found != shape:
+            raise ValueError(f"{key}: expected shape {shape}, found {found or 'nothing'} in {adapter_name!r}. {action}")
+    suffix = f".{adapter_name}"
+    count = sum(name.endswith((suffix, f"{suffix}.weight")) and ".lora_" in name for name, _ in model.named_parameters())
+    if count != len(layout.keys):
+        raise ValueError(f"The adapter {adapter_name!r} has {count} tensors, the layout {len(layout.keys)}. {action}")
+
+
+def _warn_of_another_base(base: PreTrainedModel, layout: AdapterLayout) -> None:
+    name, wanted = base.name_or_path, layout.base_model_name_or_path
+    if name and wanted and name != wanted and not os.path.isdir(name) and not os.path.isdir(wanted):
+        warnings.warn(f"The adapter was made for {wanted}, the base model is {name}.", stacklevel=4)
+    found = getattr(base.config, "_commit_hash", None)
+    if found and layout.revision and not found.startswith(layout.revision):
+        warnings.warn(f"The adapter was made for revision {layout.revision} of {wanted}, the base is {found}.", stacklevel=4)
+
+
+def _provenance(model: PeftModel) -> dict[str, dict[str, Any]]:
+    return model.__dict__.setdefault("peft_icm_provenance", {})
+
+
+def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> Path:
+    """Save one adapter as an ordinary PEFT folder, with a card that says where it came from.
+
+    Unlike `model.save_pretrained`, it never writes embedding layers of the base, puts the adapter into `folder` itself whatever its
+    name, writes to a temporary folder first, and adds generator, text and seed to the card.
+
+    Args:
+        model (`PeftModel`): Carries the adapter.
+        folder (`str` or `Path`): Where to; files of the same names are replaced.
+        adapter_name (`str`, defaults to `"default"`): Which adapter.
+
+    Returns:
+        `Path`: `folder`.
+
+    Raises:
+        `ValueError`: If the model has no such adapter.
+    """
+    from .hub import adapter_card
+
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"No adapter named {adapter_name!r}: the model has {sorted(model.peft_config)}.")
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+        model.save_pretrained(temporary, selected_adapters=[adapter_name], save_embedding_layers=False)
+        source = Path(temporary) if adapter_name == "default" else Path(temporary) / adapter_name
+        layout = AdapterLayout.from_pretrained(source)
+        facts = _provenance(model).get(adapter_name, {})
+        (source / "README.md").write_text(str(adapter_card(layout.to_dict(), **facts)))
+        for file in sorted(source.iterdir()):
+            if file.is_file():
+                os.replace(file, target / file.name)
+    return target
+
+

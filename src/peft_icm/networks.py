@@ -1,0 +1,236 @@
+"""The networks of the conditional VAE: statistics, context attention, and the two architectures.
+
+Both architectures speak one interface: `encode(l, v) -> (mean, logvar)`, `decode(z, v) -> l`, on normalised vectors;
+`reconstruction_loss(squared_error)`; `fit(l)` for what is estimated from the collection instead of trained. Neither has a BatchNorm:
+a generator produces one sample at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_icm import ICMConfig
+
+
+class Statistics(nn.Module):
+    """Mean and standard deviation of each tensor of the layout and of the task vectors, pooled over the training collection.
+
+    Persistent buffers that stay in fp32 whatever the weights are cast to: `mean`, `std` `[num_tensors]`, `condition_mean` `[d]` and
+    `condition_std` `[]`. A tensor of zero variance gets a standard deviation of one.
+    """
+
+    mean: Tensor
+    std: Tensor
+    condition_mean: Tensor
+    condition_std: Tensor
+
+    def __init__(self, sizes: list[int], condition_dim: int):
+        super().__init__()
+        self.sizes = sizes
+        self.register_buffer("mean", torch.zeros(len(sizes), dtype=torch.float32))
+        self.register_buffer("std", torch.ones(len(sizes), dtype=torch.float32))
+        self.register_buffer("condition_mean", torch.zeros(condition_dim, dtype=torch.float32))
+        self.register_buffer("condition_std", torch.ones((), dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Statistics:
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+    @torch.no_grad()
+    def fit(self, parameters: Tensor, conditions: Tensor) -> None:
+        """Pool the statistics over snapshots `[N, P]` and task vectors `[M, d]`."""
+        for index, part in enumerate(parameters.float().split(self.sizes, dim=1)):
+            self.mean[index] = part.mean()
+            std = part.std(correction=0)
+            self.std[index] = std if std > 0 else 1.0
+        self.condition_mean.copy_(conditions.float().mean(0))
+        std = (conditions.float() - self.condition_mean).std(correction=0)
+        self.condition_std.copy_(std if std > 0 else torch.ones(()))
+
+    def _spread(self, values: Tensor) -> Tensor:
+        return values.repeat_interleave(torch.tensor(self.sizes, device=values.device), output_size=sum(self.sizes))
+
+    def normalize(self, parameters: Tensor) -> Tensor:
+        """`[..., P]` in the units of the adapters -> zero mean, unit variance for each tensor, fp32."""
+        return (parameters.float() - self._spread(self.mean)) / self._spread(self.std)
+
+    def denormalize(self, parameters: Tensor) -> Tensor:
+        """The inverse of [`~Statistics.normalize`]; fp32."""
+        return torch.addcmul(self._spread(self.mean), parameters.float(), self._spread(self.std))
+
+    def normalize_condition(self, condition: Tensor) -> Tensor:
+        """`[..., d]` task vectors -> zero mean, pooled unit variance, fp32."""
+        return (condition.float() - self.condition_mean) / self.condition_std
+
+
+class ContextAttention(nn.Module):
+    """In-context conditioning: the task vector attends over the (task vector, latent) pairs of the collection's tasks.
+
+    `v + W_o softmax(q(v) k(V)^T / sqrt(h)) u([V; Z])`, with V `[T, d]` the mean task vectors and Z `[T, k]` the posterior means of the
+    T tasks, kept as persistent buffers and refreshed once an epoch. W_o starts at zero: no context at first.
+    """
+
+    conditions: Tensor
+    latents: Tensor
+
+    def __init__(self, config: ICMConfig):
+        super().__init__()
+        width, dim = 64, config.condition_dim
+        tasks = len(config.tasks or [])
+        self.query = nn.Linear(dim, width)
+        self.key = nn.Linear(dim, width)
+        self.value = nn.Linear(config.latent_size, width)
+        self.output = nn.Linear(width, dim, bias=False)
+        self.register_buffer("conditions", torch.zeros(tasks, dim))
+        self.register_buffer("latents", torch.zeros(tasks, config.latent_size))
+
+    def forward(self, condition: Tensor, hidden_tasks: Tensor | None = None) -> Tensor:
+        """Enrich task vectors.
+
+        Args:
+            condition (`Tensor`): `[B, d]`, normalised.
+            hidden_tasks (`Tensor`, *optional*): `[B]` indices of the task whose own pair each sample must not see; -1 for none.
+
+        Returns:
+            `Tensor`: `[B, d]`.
+        """
+        keys = self.key(self.conditions.to(condition.dtype))
+        scores = self.query(condition) @ keys.T / keys.shape[-1] ** 0.5
+        if hidden_tasks is not None:
+            own = torch.arange(len(self.conditions), device=scores.device) == hidden_tasks[:, None]
+            scores = scores.masked_fill(own, torch.finfo(scores.dtype).min)
+        return condition + self.output(scores.softmax(-1) @ self.value(self.latents.to(condition.dtype)))
+
+
+class ResidualMLP(nn.Module):
+    """Linear, one pre-norm residual block, linear."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int):
+        super().__init__()
+        self.input = nn.Linear(inputs, hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.block = nn.Linear(hidden, hidden)
+        self.output = nn.Linear(hidden, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, inputs]` -> `[B, outputs]`."""
+        x = F.gelu(self.input(x))
+        return self.output(x + F.gelu(self.block(self.norm(x))))
+
+
+class PrincipalNetwork(nn.Module):
+    """CVAE in the principal subspace of the collection (the default architecture).
+
+    The adapters of a collection span few directions: T tasks and their short trajectories. Those directions are estimated once from
+    the training snapshots by PCA, `l = c + (a * s) U` with U `[R, P]` orthonormal, and a small perceptron models `p(a | z, v)`. U, c and
+    s are parameters without gradient: they follow the weights' dtype and are never trained.
+
+    Eq. 6 leaves the decoder's variance open. Here it is the maximum-likelihood scalar of each sample, which turns the reconstruction
+    term of Eq. 8, per coordinate, into `1/2 log(mean squared error)`: the scale of the adapters drops out, and the KL term keeps its
+    weight however small the error becomes, so that z is used.
+    """
+
+    ERROR_FLOOR = 1e-4  # of the pooled variance: errors below it earn nothing
+
+    def __init__(self, config: ICMConfig):
+        super().__init__()
+        size, rank, hidden = config.adapter_layout.numel, config.num_components or 0, config.hidden_size
+        self.center = nn.Parameter(torch.zeros(size), requires_grad=False)
+        self.basis = nn.Parameter(torch.randn(rank, size) / size**0.5, requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(rank), requires_grad=False)
+        self.condition = nn.Linear(config.condition_dim, hidden // 2)
+        self.encoder = ResidualMLP(rank + hidden // 2, hidden, 2 * config.latent_size)
+        self.decoder = ResidualMLP(config.latent_size + hidden // 2, hidden, rank)
+
+    @torch.no_grad()
+    def fit(self, parameters: Tensor) -> None:
+        """PCA of normalised snapshots `[N, P]` through their `[N, N]` Gram matrix; components past N - 1 stay zero."""
+        self.center.copy_(parameters.mean(0))
+        centered = parameters - parameters.mean(0)
+        eigenvalues, vectors = torch.linalg.eigh((centered @ centered.T).double())
+        eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
+        rank = min(len(self.scale), int((eigenvalues > eigenvalues[0] * 1e-9).sum()))
+        singular = eigenvalues[:rank].sqrt().float()
+        self.basis.zero_()
+        self.scale.fill_(1.0)
+        self.basis[:rank] = (vectors[:, :rank].float().T @ centered) / singular[:, None]
+        self.scale[:rank] = singular / len(parameters) ** 0.5
+
+    def encode(self, parameters: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior of z (Eq. 3): `[B, P]`, `[B, d]` -> mean and log-variance, `[B, k]` each."""
+        coordinates = (parameters - self.center) @ self.basis.T / self.scale
+        hidden = torch.cat([coordinates, F.gelu(self.condition(condition))], dim=1)
+        mean, logvar = self.encoder(hidden).chunk(2, dim=1)
+        return mean, logvar
+
+    def decode(self, latent: Tensor, condition: Tensor) -> Tensor:
+        """Mean of l (Eq. 6): `[B, k]`, `[B, d]` -> `[B, P]`."""
+        coordinates = self.decoder(torch.cat([latent, F.gelu(self.condition(condition))], dim=1))
+        return torch.addmm(self.center, coordinates * self.scale, self.basis)
+
+    def reconstruction_loss(self, squared_error: Tensor) -> Tensor:
+        """`[B]` mean squared errors -> `[B]` negative log-likelihoods per coordinate, up to a constant."""
+        return 0.5 * torch.log(squared_error + self.ERROR_FLOOR)
+
+
+class PaperNetwork(nn.Module):
+    """The convolutional CVAE of the paper (Eqs. 2-9): `x = [l; v]` through one-dimensional convolutions, `[z; v]` through their mirror.
+
+    Channels, kernel 7 and stride 2 are those of the published code; layers past the twelfth have stride 1. GroupNorm stands in the
+    place of BatchNorm. `[l; v]` is zero-padded to a multiple of the total stride; the output is cropped to P, so that padding never
+    enters the loss. The variance that Eq. 6 leaves open is one, as the published squared error implies.
+    """
+
+    CHANNELS = (8, 16, 32, 64, 128, 256, 256, 128, 64, 32, 16, 8)
+
+    def __init__(self, config: ICMConfig):
+        super().__init__()
+        layers, hidden, dim = config.num_conv_layers, config.hidden_size, config.condition_dim
+        self.size = config.adapter_layout.numel
+        channels = [1, *self.CHANNELS[:layers], *[8] * (layers - len(self.CHANNELS))]
+        strides = [2 if index < len(self.CHANNELS) else 1 for index in range(layers)]
+        total_stride = 2 ** strides.count(2)
+        self.padded = -(-(self.size + dim) // total_stride) * total_stride
+        self.narrow = (channels[-1], self.padded // total_stride)
+        width = channels[-1] * self.narrow[1]
+
+        def convolution(kind: type[nn.Conv1d | nn.ConvTranspose1d], inputs: int, outputs: int, stride: int) -> nn.Module:
+            extra: dict[str, Any] = {"output_padding": stride - 1} if kind is nn.ConvTranspose1d else {}
+            layer = kind(inputs, outputs, kernel_size=7, stride=stride, padding=3, **extra)
+            return nn.Sequential(layer, nn.GroupNorm(1, outputs), nn.LeakyReLU())
+
+        steps = list(zip(channels[:-1], channels[1:], strides, strict=True))
+        self.encoder = nn.Sequential(*(convolution(nn.Conv1d, i, o, stride) for i, o, stride in steps))
+        self.to_hidden = nn.Linear(width, hidden)
+        self.to_posterior = nn.Linear(hidden, 2 * config.latent_size)
+        self.from_latent = nn.Linear(config.latent_size + dim, width)
+        mirrored = [(o, max(i, 8), stride) for i, o, stride in reversed(steps)]
+        self.decoder = nn.Sequential(*(convolution(nn.ConvTranspose1d, i, o, stride) for i, o, stride in mirrored))
+        self.output = nn.Conv1d(8, 1, kernel_size=7, padding=3)
+
+    def fit(self, parameters: Tensor) -> None:
+        """Nothing is estimated outside training."""
+
+    def encode(self, parameters: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior of z (Eqs. 2 and 3): `[B, P]`, `[B, d]` -> mean and log-variance, `[B, k]` each."""
+        x = torch.cat([parameters, condition], dim=1)
+        x = F.pad(x, (0, self.padded - x.shape[1]))[:, None]
+        hidden = F.leaky_relu(self.to_hidden(self.encoder(x).flatten(1)))
+        mean, logvar = self.to_posterior(hidden).chunk(2, dim=1)
+        return mean, logvar
+
+    def decode(self, latent: Tensor, condition: Tensor) -> Tensor:
+        """Mean of l (Eqs. 5 and 6): `[B, k]`, `[B, d]` -> `[B, P]`."""
+        x = self.from_latent(torch.cat([latent, condition], dim=1)).unflatten(1, self.narrow)
+        return self.output(self.decoder(x))[:, 0, : self.size]
+
+    def reconstruction_loss(self, squared_error: Tensor) -> Tensor:
+        """`[B]` mean squared errors, as published."""
+        return squared_error
+
+
+NETWORKS: dict[str, type[PrincipalNetwork | PaperNetwork]] = {"principal": PrincipalNetwork, "paper": PaperNetwork}
