@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .adapters import attach, load_base, share_tensors
-from .conditioning import TaskEncoder, load_task_encoder
 from .configuration_icm import ICMConfig
-from .hub import generator_card, push_folder, resolve
+from .generation import AdapterGenerationMixin, Generators
+from .hub import generator_card, push_folder
 from .networks import NETWORKS, ContextAttention, Statistics
 
-ENCODER_FOLDER = "encoder"
 BASE_FOLDER = "base_model"
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass
@@ -50,7 +46,7 @@ class ICMOutput(ModelOutput):
     latent_logvar: Tensor | None = None
 
 
-class ICMGenerator(PreTrainedModel):
+class ICMGenerator(AdapterGenerationMixin, PreTrainedModel):
     r"""A conditional VAE over LoRA adapters: a task vector in, a native `PeftModel` out.
 
     Implements In-Context Meta LoRA Generation, Eqs. 2-9, in two architectures ([`ICMConfig`]).
@@ -80,9 +76,6 @@ class ICMGenerator(PreTrainedModel):
         self.statistics = Statistics(self.layout.sizes, config.condition_dim)
         self.network = NETWORKS[config.architecture](config)
         self.context = ContextAttention(config) if config.context and config.tasks else None
-        self._encoder: TaskEncoder | None = None
-        self._base: PreTrainedModel | None = None
-        self._source: dict[str, Any] = {}
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -138,6 +131,18 @@ class ICMGenerator(PreTrainedModel):
             v = self.context(v, hidden_tasks)
         return self.network.decode(z.to(v.dtype), v).float()
 
+    def decode(self, latent: Tensor, condition: Tensor) -> Tensor:
+        """The mean of p(l | z, v) (Eq. 6).
+
+        Args:
+            latent (`Tensor`): `[B, k]` z.
+            condition (`Tensor`): `[B, d]` task vectors.
+
+        Returns:
+            `Tensor`: `[B, P]` fp32, in the units of the adapters.
+        """
+        return self.statistics.denormalize(self._decode(latent, self._condition(condition)))
+
     @torch.no_grad()
     def fit(self, parameters: Tensor, conditions: Tensor) -> None:
         """Estimate what is not trained - statistics and principal subspace - from a training collection.
@@ -192,9 +197,8 @@ class ICMGenerator(PreTrainedModel):
             )
         if temperature < 0 or num_samples < 1:
             raise ValueError(f"temperature={temperature} must be >= 0 and num_samples={num_samples} >= 1.")
-        v = self._condition(condition).repeat_interleave(num_samples, 0)
-        z = self._draw(len(v), generator) * temperature
-        return self.statistics.denormalize(self._decode(z, v))
+        condition = condition.repeat_interleave(num_samples, 0)
+        return self.decode(self._draw(len(condition), generator) * temperature, condition)
 
     def _draw(self, count: int, generator: Generators) -> Tensor:
         if isinstance(generator, Sequence):
@@ -204,203 +208,6 @@ class ICMGenerator(PreTrainedModel):
             return torch.stack(rows)
         device = self.device if generator is None else generator.device
         return torch.randn(count, self.config.latent_size, generator=generator, device=device).to(self.device)
-
-    # ------------------------------------------------------------------ conditions
-    @property
-    def encoder(self) -> TaskEncoder:
-        """The task encoder this generator was trained with; loaded on first use, and refused if its weights have another hash."""
-        if self._encoder is None:
-            if self.config.encoder is None:
-                raise ValueError("This generator names no task encoder: pass task_vector= (Tensor [d]).")
-            folder = None
-            if self.config.encoder.get("folder"):
-                folder = self._resolve(self.config.encoder["folder"])
-            self._encoder = load_task_encoder(self.config.encoder, str(folder) if folder else None)
-        return self._encoder
-
-    @encoder.setter
-    def encoder(self, encoder: TaskEncoder) -> None:
-        wanted = (self.config.encoder or {}).get("sha256")
-        if wanted and encoder.config["sha256"] != wanted:
-            raise ValueError(
-                f"This generator was trained with the {self.config.encoder['kind']} encoder of sha256 {wanted[:12]}, found"  # type: ignore[index]
-                f" {encoder.config['kind']} of {encoder.config['sha256'][:12]}. Pass the encoder it names."
-            )
-        self._encoder = encoder
-
-    def task_vector(
-        self, text: str | None = None, *, examples: Sequence[str] | None = None, task_vector: Tensor | None = None
-    ) -> Tensor:
-        """The task vector of exactly one of a sentence, examples of the task, or a vector.
-
-        Args:
-            text (`str`, *optional*): A sentence, for encoders that accept text.
-            examples (`Sequence[str]`, *optional*): Examples of the task, whose states are averaged (Eq. 1).
-            task_vector (`Tensor`, *optional*): `[d]`, returned as it is.
-
-        Returns:
-            `Tensor`: `[d]` fp32.
-
-        Raises:
-            `ValueError`: If none or several are given, or not the one that this generator's encoder accepts.
-        """
-        given = {name: value for name, value in [("text", text), ("examples", examples), ("task_vector", task_vector)] if value is not None}
-        if len(given) != 1:
-            raise ValueError(f"Pass exactly one of text, examples and task_vector, found {sorted(given) or 'none'}.")
-        if task_vector is not None:
-            return task_vector
-        (name,) = given
-        if self.encoder.accepts != name:
-            raise ValueError(f"This generator's {self.encoder.kind} encoder reads {self.encoder.accepts}=, not {name}=.")
-        if text is not None:
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"text={text!r} must be a non-empty sentence, such as 'detect sofas'.")
-            return self.encoder.encode([text])[0]
-        if isinstance(examples, str) or not examples:
-            raise ValueError(f"examples={examples!r} must be a non-empty list of strings.")
-        return self.encoder.encode(list(examples)).mean(0)
-
-    # ------------------------------------------------------------------ adapters
-    def generate_state_dict(
-        self,
-        text: str | None = None,
-        *,
-        examples: Sequence[str] | None = None,
-        task_vector: Tensor | None = None,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """Generate the tensors of one adapter; no base model is needed.
-
-        Args:
-            text, examples, task_vector: Exactly one of them, see [`~ICMGenerator.task_vector`].
-            temperature (`float`, defaults to 1.0): See [`~ICMGenerator.sample`].
-            generator (`torch.Generator`, *optional*): Source of z.
-
-        Returns:
-            `dict[str, Tensor]`: Keys and shapes of the layout, on the CPU, as `peft.set_peft_model_state_dict` takes them.
-        """
-        condition = self.task_vector(text, examples=examples, task_vector=task_vector)
-        return self.layout.unflatten(self.sample(condition, 1, generator, temperature)[0].cpu())
-
-    def generate_adapter(
-        self,
-        text: str | None = None,
-        base_model: str | os.PathLike[str] | PreTrainedModel | PeftModel | None = None,
-        *,
-        examples: Sequence[str] | None = None,
-        task_vector: Tensor | None = None,
-        adapter_name: str = "default",
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        is_trainable: bool = False,
-        base_model_kwargs: Mapping[str, Any] | None = None,
-    ) -> PeftModel:
-        """Generate one adapter and put it onto its base model.
-
-        Args:
-            text (`str`, *optional*): What the adapter is for, e.g. `"detect sofas"`.
-            base_model (`str`, `Path`, `PreTrainedModel` or `PeftModel`, *optional*): `None` loads the base that the generator was
-                trained for, once; every call gives a model of its own on the same frozen tensors. An id or folder is loaded. A
-                `PreTrainedModel` is wrapped in place. On a `PeftModel` the named adapter is added, or swapped where it is there.
-            examples (`Sequence[str]`, *optional*): Examples of the task instead of a text.
-            task_vector (`Tensor`, *optional*): `[d]` instead of a text.
-            adapter_name (`str`, defaults to `"default"`): Name of the adapter.
-            temperature (`float`, defaults to 1.0): Standard deviation of z.
-            generator (`torch.Generator`, *optional*): Source of z, for a seed.
-            is_trainable (`bool`, defaults to `False`): Leave the adapter trainable and in train mode.
-            base_model_kwargs (`Mapping`, *optional*): For the base's `from_pretrained` (`dtype`, `device_map`, ...).
-
-        Returns:
-            `PeftModel`: A native one, in eval mode unless `is_trainable`.
-
-        Raises:
-            `ValueError`: If the input is not what the encoder accepts, or the base does not fit the layout.
-        """
-        state_dict = self.generate_state_dict(
-            text, examples=examples, task_vector=task_vector, temperature=temperature, generator=generator
-        )
-        model = self._base_for(base_model, base_model_kwargs)
-        facts = self._facts(text, temperature, generator)
-        return attach(
-            model, self.layout, state_dict, adapter_name=adapter_name, is_trainable=is_trainable, provenance=facts
-        )
-
-    def generate_adapters(
-        self,
-        texts: Sequence[str],
-        base_model: str | os.PathLike[str] | PreTrainedModel | PeftModel | None = None,
-        *,
-        adapter_names: Sequence[str] | None = None,
-        temperature: float = 1.0,
-        generator: Generators = None,
-        is_trainable: bool = False,
-        base_model_kwargs: Mapping[str, Any] | None = None,
-    ) -> PeftModel:
-        """Generate many named adapters onto one model, in one decode; the first is active.
-
-        Args:
-            texts (`Sequence[str]`): One sentence for each adapter.
-            base_model: See [`~ICMGenerator.generate_adapter`].
-            adapter_names (`Sequence[str]`, *optional*): Their names; by default the words of the text, joined by `_`.
-            temperature (`float`, defaults to 1.0): Standard deviation of z.
-            generator (`torch.Generator` or a list of them, *optional*): One for all, or one for each adapter.
-            is_trainable (`bool`, defaults to `False`): Leave the adapters trainable.
-            base_model_kwargs (`Mapping`, *optional*): For the base's `from_pretrained`.
-
-        Returns:
-            `PeftModel`: The model that carries all of them.
-
-        Raises:
-            `ValueError`: If `texts` is empty or a string, or the names are not as many as the texts and all different.
-        """
-        if isinstance(texts, str) or not texts:
-            raise ValueError(f"texts={texts!r} must be a non-empty list of sentences.")
-        vectors = torch.stack([self.task_vector(text) for text in texts])
-        names = list(adapter_names or (re.sub(r"\W+", "_", text).strip("_") for text in texts))
-        if len(names) != len(texts) or len(set(names)) != len(names):
-            raise ValueError(f"Expected {len(texts)} different adapter names, found {names}.")
-        samples = self.sample(vectors, 1, generator, temperature).cpu()
-        model = self._base_for(base_model, base_model_kwargs)
-        generators = generator if isinstance(generator, Sequence) else [generator] * len(names)
-        for name, text, vector, source in zip(names, texts, samples, generators, strict=True):
-            facts = self._facts(text, temperature, source)
-            state_dict = self.layout.unflatten(vector)
-            model = attach(model, self.layout, state_dict, adapter_name=name, is_trainable=is_trainable, provenance=facts)
-        assert isinstance(model, PeftModel)
-        model.set_adapter(names[0], inference_mode=not is_trainable)
-        return model
-
-    def _facts(self, text: str | None, temperature: float, generator: torch.Generator | None) -> dict[str, Any]:
-        return {
-            "generator": self._source.get("name"),
-            "text": text,
-            "seed": generator.initial_seed() if generator is not None else None,
-            "temperature": temperature,
-        }
-
-    def _base_for(
-        self, base_model: str | os.PathLike[str] | PreTrainedModel | PeftModel | None, kwargs: Mapping[str, Any] | None
-    ) -> PreTrainedModel | PeftModel:
-        if isinstance(base_model, PreTrainedModel | PeftModel):
-            if kwargs:
-                raise ValueError("base_model_kwargs are for a base that is loaded here; this base_model is a model already.")
-            return base_model
-        if base_model is not None:
-            revision = self.layout.revision if str(base_model) == self.layout.base_model_name_or_path else None
-            return load_base(self.layout, str(base_model), revision, **(kwargs or {}))
-        if kwargs:
-            return load_base(self.layout, *self._own_base(), **kwargs)
-        if self._base is None:
-            self._base = load_base(self.layout, *self._own_base())
-        return share_tensors(self._base)
-
-    def _own_base(self) -> tuple[str, str | None]:
-        if self.config.base_model_subfolder:
-            return str(self._resolve(self.config.base_model_subfolder)), None
-        if self.layout.base_model_name_or_path is None:
-            raise ValueError("This generator names no base model: pass base_model= (an id, a folder or a model).")
-        return self.layout.base_model_name_or_path, self.layout.revision
 
     # ------------------------------------------------------------------ disk and Hub
     @classmethod
@@ -427,30 +234,33 @@ class ICMGenerator(PreTrainedModel):
         generator._source = {"name": str(pretrained_model_name_or_path), **source}
         return model
 
-    def _resolve(self, folder: str) -> Path:
-        """The local path of a folder inside this generator's own repo; downloaded where it lives on the Hub."""
-        options = dict(self._source)
-        if "name" not in options:
-            raise ValueError(f"The generator's {folder}/ is found only after save_pretrained and from_pretrained.")
-        path = os.path.join(options.pop("subfolder", ""), folder)
-        return resolve(options.pop("name"), allow_patterns=[f"{path}/*"], **options) / path
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], *, with_base_model: bool = False, **kwargs: Any
+    ) -> None:
         """Save config, weights and, where it is small, the task encoder: the folder stands on its own.
 
         Args:
             save_directory (`str` or `Path`): The folder.
-            **kwargs: As in transformers. With `push_to_hub=True`, `repo_id` and the arguments of [`~ICMGenerator.push_to_hub`].
+            with_base_model (`bool`, defaults to `False`): Copy a base model that is a local folder into `base_model/`, as
+                [`~ICMGenerator.push_to_hub`] does.
+            **kwargs: As in transformers.
         """
-        push = kwargs.pop("push_to_hub", False)
-        hub_kwargs = {name: kwargs.pop(name) for name in ("repo_id", "token", "private", "commit_message", "revision") if name in kwargs}
         if self.config.encoder and self.config.encoder.get("folder") and kwargs.get("is_main_process", True):
             self.encoder.save_pretrained(os.path.join(save_directory, self.config.encoder["folder"]))
         super().save_pretrained(save_directory, **kwargs)
-        if not self._source:
-            self._source = {"name": str(save_directory)}
-        if push:
-            self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
+        if with_base_model:
+            self._copy_base_model(Path(save_directory))
+
+    def _copy_base_model(self, folder: Path) -> None:
+        named = self.config.base_model_subfolder or self.layout.base_model_name_or_path
+        base = self._own_base()[0] if named else None
+        if base is None or not os.path.isdir(base):
+            return
+        shutil.copytree(base, folder / BASE_FOLDER, dirs_exist_ok=True)
+        config = ICMConfig.from_pretrained(folder)
+        config.base_model_subfolder = BASE_FOLDER
+        config.layout = {**self.layout.to_dict(), "base_model_name_or_path": None}
+        config.save_pretrained(folder)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -479,12 +289,8 @@ class ICMGenerator(PreTrainedModel):
         Returns:
             `huggingface_hub.CommitInfo`: Of the one commit.
         """
-
-        def write(folder: Path) -> None:
-            write_repo(self, folder)
-
         return push_folder(
-            write,
+            lambda folder: self.save_pretrained(folder, with_base_model=True),
             repo_id,
             card=lambda folder: generator_card(ICMConfig.from_pretrained(folder), repo_id=repo_id, folder=folder),
             commit_message=commit_message,

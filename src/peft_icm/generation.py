@@ -1,0 +1,243 @@
+"""What a generator does with a task: text or examples -> task vector -> adapter on a base model."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .adapter_layout import AdapterLayout
+from .adapters import attach, load_base, share_tensors
+from .conditioning import TaskEncoder, load_task_encoder
+from .configuration_icm import ICMConfig
+from .hub import resolve
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+class AdapterGenerationMixin:
+    """The side of [`ICMGenerator`] that meets its users, as `GenerationMixin` is in transformers."""
+
+    config: ICMConfig
+    layout: AdapterLayout
+    _encoder: TaskEncoder | None = None
+    _base: PreTrainedModel | None = None
+    _source: Mapping[str, Any] = {}  # noqa: RUF012 - replaced, never changed
+
+    def sample(
+        self, condition: Tensor, num_samples: int = 1, generator: Generators = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Implemented by the generator."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ conditions
+    @property
+    def encoder(self) -> TaskEncoder:
+        """The task encoder this generator was trained with; loaded on first use, and refused if its weights have another hash."""
+        if self._encoder is None:
+            if self.config.encoder is None:
+                raise ValueError("This generator names no task encoder: pass task_vector= (Tensor [d]).")
+            folder = None
+            if self.config.encoder.get("folder"):
+                folder = self._resolve(self.config.encoder["folder"])
+            self._encoder = load_task_encoder(self.config.encoder, str(folder) if folder else None)
+        return self._encoder
+
+    @encoder.setter
+    def encoder(self, encoder: TaskEncoder) -> None:
+        wanted = (self.config.encoder or {}).get("sha256")
+        if wanted and encoder.config["sha256"] != wanted:
+            raise ValueError(
+                f"This generator was trained with the {self.config.encoder['kind']} encoder of sha256 {wanted[:12]}, found"  # type: ignore[index]
+                f" {encoder.config['kind']} of {encoder.config['sha256'][:12]}. Pass the encoder it names."
+            )
+        self._encoder = encoder
+
+    def task_vector(
+        self, text: str | None = None, *, examples: Sequence[str] | None = None, task_vector: Tensor | None = None
+    ) -> Tensor:
+        """The task vector of exactly one of a sentence, examples of the task, or a vector.
+
+        Args:
+            text (`str`, *optional*): A sentence, for encoders that accept text.
+            examples (`Sequence[str]`, *optional*): Examples of the task, whose states are averaged (Eq. 1).
+            task_vector (`Tensor`, *optional*): `[d]`, returned as it is.
+
+        Returns:
+            `Tensor`: `[d]` fp32.
+
+        Raises:
+            `ValueError`: If none or several are given, or not the one that this generator's encoder accepts.
+        """
+        given = {name: value for name, value in [("text", text), ("examples", examples), ("task_vector", task_vector)] if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"Pass exactly one of text, examples and task_vector, found {sorted(given) or 'none'}.")
+        if task_vector is not None:
+            return task_vector
+        (name,) = given
+        if self.encoder.accepts != name:
+            raise ValueError(f"This generator's {self.encoder.kind} encoder reads {self.encoder.accepts}=, not {name}=.")
+        if text is not None:
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"text={text!r} must be a non-empty sentence, such as 'detect sofas'.")
+            return self.encoder.encode([text])[0]
+        if isinstance(examples, str) or not examples:
+            raise ValueError(f"examples={examples!r} must be a non-empty list of strings.")
+        return self.encoder.encode(list(examples)).mean(0)
+
+    # ------------------------------------------------------------------ adapters
+    def generate_state_dict(
+        self,
+        text: str | None = None,
+        *,
+        examples: Sequence[str] | None = None,
+        task_vector: Tensor | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Generate the tensors of one adapter; no base model is needed.
+
+        Args:
+            text, examples, task_vector: Exactly one of them, see [`~ICMGenerator.task_vector`].
+            temperature (`float`, defaults to 1.0): See [`~ICMGenerator.sample`].
+            generator (`torch.Generator`, *optional*): Source of z.
+
+        Returns:
+            `dict[str, Tensor]`: Keys and shapes of the layout, on the CPU, as `peft.set_peft_model_state_dict` takes them.
+        """
+        condition = self.task_vector(text, examples=examples, task_vector=task_vector)
+        return self.layout.unflatten(self.sample(condition, 1, generator, temperature)[0].cpu())
+
+    def generate_adapter(
+        self,
+        text: str | None = None,
+        base_model: str | os.PathLike[str] | PreTrainedModel | PeftModel | None = None,
+        *,
+        examples: Sequence[str] | None = None,
+        task_vector: Tensor | None = None,
+        adapter_name: str = "default",
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        is_trainable: bool = False,
+        base_model_kwargs: Mapping[str, Any] | None = None,
+    ) -> PeftModel:
+        """Generate one adapter and put it onto its base model.
+
+        Args:
+            text (`str`, *optional*): What the adapter is for, e.g. `"detect sofas"`.
+            base_model (`str`, `Path`, `PreTrainedModel` or `PeftModel`, *optional*): `None` loads the base that the generator was
+                trained for, once; every call gives a model of its own on the same frozen tensors. An id or folder is loaded. A
+                `PreTrainedModel` is wrapped in place. On a `PeftModel` the named adapter is added, or swapped where it is there.
+            examples (`Sequence[str]`, *optional*): Examples of the task instead of a text.
+            task_vector (`Tensor`, *optional*): `[d]` instead of a text.
+            adapter_name (`str`, defaults to `"default"`): Name of the adapter.
+            temperature (`float`, defaults to 1.0): Standard deviation of z.
+            generator (`torch.Generator`, *optional*): Source of z, for a seed.
+            is_trainable (`bool`, defaults to `False`): Leave the adapter trainable and in train mode.
+            base_model_kwargs (`Mapping`, *optional*): For the base's `from_pretrained` (`dtype`, `device_map`, ...).
+
+        Returns:
+            `PeftModel`: A native one, in eval mode unless `is_trainable`.
+
+        Raises:
+            `ValueError`: If the input is not what the encoder accepts, or the base does not fit the layout.
+        """
+        state_dict = self.generate_state_dict(
+            text, examples=examples, task_vector=task_vector, temperature=temperature, generator=generator
+        )
+        model = self._base_for(base_model, base_model_kwargs)
+        facts = self._facts(text, temperature, generator)
+        return attach(
+            model, self.layout, state_dict, adapter_name=adapter_name, is_trainable=is_trainable, provenance=facts
+        )
+
+    def generate_adapters(
+        self,
+        texts: Sequence[str],
+        base_model: str | os.PathLike[str] | PreTrainedModel | PeftModel | None = None,
+        *,
+        adapter_names: Sequence[str] | None = None,
+        temperature: float = 1.0,
+        generator: Generators = None,
+        is_trainable: bool = False,
+        base_model_kwargs: Mapping[str, Any] | None = None,
+    ) -> PeftModel:
+        """Generate many named adapters onto one model, in one decode; the first is active.
+
+        Args:
+            texts (`Sequence[str]`): One sentence for each adapter.
+            base_model: See [`~ICMGenerator.generate_adapter`].
+            adapter_names (`Sequence[str]`, *optional*): Their names; by default the words of the text, joined by `_`.
+            temperature (`float`, defaults to 1.0): Standard deviation of z.
+            generator (`torch.Generator` or a list of them, *optional*): One for all, or one for each adapter.
+            is_trainable (`bool`, defaults to `False`): Leave the adapters trainable.
+            base_model_kwargs (`Mapping`, *optional*): For the base's `from_pretrained`.
+
+        Returns:
+            `PeftModel`: The model that carries all of them.
+
+        Raises:
+            `ValueError`: If `texts` is empty or a string, or the names are not as many as the texts and all different.
+        """
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"texts={texts!r} must be a non-empty list of sentences.")
+        vectors = torch.stack([self.task_vector(text) for text in texts])
+        names = list(adapter_names or (re.sub(r"\W+", "_", text).strip("_") for text in texts))
+        if len(names) != len(texts) or len(set(names)) != len(names):
+            raise ValueError(f"Expected {len(texts)} different adapter names, found {names}.")
+        samples = self.sample(vectors, 1, generator, temperature).cpu()
+        model = self._base_for(base_model, base_model_kwargs)
+        generators = generator if isinstance(generator, Sequence) else [generator] * len(names)
+        for name, text, vector, source in zip(names, texts, samples, generators, strict=True):
+            facts = self._facts(text, temperature, source)
+            state_dict = self.layout.unflatten(vector)
+            model = attach(model, self.layout, state_dict, adapter_name=name, is_trainable=is_trainable, provenance=facts)
+        assert isinstance(model, PeftModel)
+        model.set_adapter(names[0], inference_mode=not is_trainable)
+        return model
+
+    def _facts(self, text: str | None, temperature: float, generator: torch.Generator | None) -> dict[str, Any]:
+        return {
+            "generator": self._source.get("name"),
+            "text": text,
+            "seed": generator.initial_seed() if generator is not None else None,
+            "temperature": temperature,
+        }
+
+    def _base_for(
+        self, base_model: str | os.PathLike[str] | PreTrainedModel | PeftModel | None, kwargs: Mapping[str, Any] | None
+    ) -> PreTrainedModel | PeftModel:
+        if isinstance(base_model, PreTrainedModel | PeftModel):
+            if kwargs:
+                raise ValueError("base_model_kwargs are for a base that is loaded here; this base_model is a model already.")
+            return base_model
+        if base_model is not None:
+            revision = self.layout.revision if str(base_model) == self.layout.base_model_name_or_path else None
+            return load_base(self.layout, str(base_model), revision, **(kwargs or {}))
+        if kwargs:
+            return load_base(self.layout, *self._own_base(), **kwargs)
+        if self._base is None:
+            self._base = load_base(self.layout, *self._own_base())
+        return share_tensors(self._base)
+
+    def _own_base(self) -> tuple[str, str | None]:
+        if self.config.base_model_subfolder:
+            return str(self._resolve(self.config.base_model_subfolder)), None
+        if self.layout.base_model_name_or_path is None:
+            raise ValueError("This generator names no base model: pass base_model= (an id, a folder or a model).")
+        return self.layout.base_model_name_or_path, self.layout.revision
+
+    def _resolve(self, folder: str) -> Path:
+        """The local path of a folder inside this generator's own repo; downloaded where it lives on the Hub."""
+        options = dict(self._source)
+        if "name" not in options:
+            raise ValueError(f"The generator's {folder}/ is found only after save_pretrained and from_pretrained.")
+        path = os.path.join(options.pop("subfolder", ""), folder)
+        return resolve(options.pop("name"), allow_patterns=[f"{path}/*"], **options) / path
