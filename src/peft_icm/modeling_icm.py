@@ -64,6 +64,7 @@ class ICMGenerator(AdapterGenerationMixin, PreTrainedModel):
     """
 
     config: ICMConfig
+    config_class = ICMConfig  # transformers cannot read the annotation, a string under PEP 563
     base_model_prefix = "icm"
     main_input_name = "parameters"
     accepts_loss_kwargs = False

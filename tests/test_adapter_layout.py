@@ -1,0 +1,209 @@
+"""AdapterLayout: derived, ordered, bit-exact, strict."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from transformers import Florence2Config, Florence2ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
+
+from peft_icm import AdapterLayout
+
+FLORENCE_TARGETS = ["q_proj", "o_proj", "k_proj", "v_proj", "linear", "Conv2d", "lm_head", "fc2"]
+
+
+def llama(layers=2, **kwargs):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 64, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **{**sizes, **kwargs}))
+
+
+def llama_lora(r=2, layers=2, dtype=torch.float32, **kwargs):
+    model = llama(layers, **kwargs).to(dtype)
+    config = LoraConfig(r=r, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def florence(vocab_size=128, **text):
+    tiny = {
+        "vision_config": {
+            "embed_dim": [8, 16], "depths": [1, 1], "num_heads": [1, 2], "num_groups": [1, 2], "patch_size": [7, 3],
+            "patch_stride": [4, 2], "patch_padding": [3, 1], "patch_prenorm": [False, True], "window_size": 4, "projection_dim": 16,
+        },
+        "text_config": {
+            "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": vocab_size, **text,
+        },
+    }  # fmt: skip
+    return Florence2ForConditionalGeneration(Florence2Config(**tiny))
+
+
+def florence_lora(r=1):
+    return get_peft_model(florence(), LoraConfig(r=r, target_modules=FLORENCE_TARGETS, task_type=None))
+
+
+def filled(layout, seed=0):
+    torch.manual_seed(seed)
+    return {key: torch.randn(shape).to(layout.torch_dtype) for key, shape in zip(layout.keys, layout.shapes, strict=True)}
+
+
+@pytest.mark.parametrize("build", [llama_lora, florence_lora])
+class TestBothBases:
+    def test_flatten_and_unflatten_are_inverse(self, build):
+        layout = AdapterLayout.from_peft_model(build())
+        state_dict = filled(layout)
+        vector = layout.flatten(state_dict)
+        assert vector.shape == (layout.numel,)
+        back = layout.unflatten(vector)
+        assert list(back) == list(layout.keys)
+        assert all(torch.equal(back[key], state_dict[key]) for key in layout.keys)
+
+    def test_saved_folder_model_and_state_dict_give_one_layout(self, build, tmp_path):
+        model = build()
+        layout = AdapterLayout.from_peft_model(model)
+        model.save_pretrained(tmp_path, save_embedding_layers=False)
+        saved = AdapterLayout.from_pretrained(tmp_path)
+        assert (saved.keys, saved.shapes, saved.dtype, saved.fingerprint) == (
+            layout.keys, layout.shapes, layout.dtype, layout.fingerprint,
+        )  # fmt: skip
+        state_dict = get_peft_model_state_dict(model, save_embedding_layers=False)
+        assert AdapterLayout.from_state_dict(state_dict, model.peft_config["default"]).fingerprint == layout.fingerprint
+
+    def test_json_round_trip(self, build):
+        layout = AdapterLayout.from_peft_model(build())
+        assert AdapterLayout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
+
+    def test_its_config_injects_the_same_layout_again(self, build):
+        model = build()
+        layout = AdapterLayout.from_peft_model(model)
+        again = get_peft_model(model.unload(), layout.lora_config())
+        assert AdapterLayout.from_peft_model(again).fingerprint == layout.fingerprint
+
+    def test_accepts_its_own_base_bare_and_wrapped(self, build):
+        model = build()
+        layout = AdapterLayout.from_peft_model(model)
+        layout.check_base(model.get_base_model())
+        layout.check_base(model.unload())
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(r=st.integers(1, 5), layers=st.integers(1, 12), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), seed=st.integers(0, 9))
+def test_every_bit_survives_in_every_dtype(r, layers, dtype, seed):
+    layout = AdapterLayout.from_peft_model(llama_lora(r, layers, dtype))
+    assert layout.torch_dtype == dtype
+    torch.manual_seed(seed)
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    bits = torch.randint(-(2**15), 2**15, (layout.numel,), dtype=integer)  # NaN payloads and infinities among them
+    back = layout.flatten(layout.unflatten(bits.view(dtype)))
+    assert torch.equal(back.view(integer), bits)
+
+
+def test_layers_stand_in_numeric_order(tmp_path):
+    model = llama_lora(layers=11)
+    model.save_pretrained(tmp_path)
+    keys = AdapterLayout.from_pretrained(tmp_path).keys
+    layers = [int(key.split("layers.")[1].split(".")[0]) for key in keys]
+    assert layers == sorted(layers)
+
+
+def test_llama_3_8b_has_851968_parameters_at_rank_2():
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256
+    )
+    with torch.device("meta"):
+        model = get_peft_model(
+            LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        )
+    assert AdapterLayout.from_peft_model(model).numel == 851_968
+
+
+@pytest.mark.parametrize(("vocab_size", "numel"), [(51289, 241_241), (51328, 241_280)])
+def test_florence_2_base_has_the_papers_241241_parameters_at_rank_1(vocab_size, numel):
+    text = {
+        "d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "encoder_attention_heads": 12, "decoder_attention_heads": 12,
+        "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "vocab_size": vocab_size,
+    }  # fmt: skip
+    config = Florence2Config(vision_config={"projection_dim": 768}, text_config=text)
+    with torch.device("meta"):
+        model = get_peft_model(
+            Florence2ForConditionalGeneration(config), LoraConfig(r=1, target_modules=FLORENCE_TARGETS, task_type=None)
+        )
+    assert AdapterLayout.from_peft_model(model).numel == numel
+
+
+class TestRefusals:
+    layout = AdapterLayout.from_peft_model(llama_lora())
+
+    def test_missing_key(self):
+        state_dict = filled(self.layout)
+        del state_dict[self.layout.keys[3]]
+        with pytest.raises(ValueError, match=rf"lacks {self.layout.keys[3]}: expected shape \(8, 2\)"):
+            self.layout.flatten(state_dict)
+
+    def test_unknown_key(self):
+        with pytest.raises(ValueError, match="stranger: expected no such key"):
+            self.layout.flatten({**filled(self.layout), "stranger": torch.zeros(3)})
+
+    def test_other_shape(self):
+        state_dict = filled(self.layout)
+        state_dict[self.layout.keys[0]] = torch.zeros(3, 16)
+        with pytest.raises(ValueError, match=r"expected shape \(2, 16\), found \(3, 16\)"):
+            self.layout.flatten(state_dict)
+
+    def test_other_dtype(self):
+        state_dict = {key: value.half() for key, value in filled(self.layout).items()}
+        with pytest.raises(ValueError, match="expected dtype float32"):
+            self.layout.flatten(state_dict)
+
+    def test_vector_of_another_length(self):
+        with pytest.raises(ValueError, match="Expected a vector of shape"):
+            self.layout.unflatten(torch.zeros(3))
+
+    @pytest.mark.parametrize(
+        ("base", "message"),
+        [
+            (lambda: llama(layers=1), "found no module model.layers.1"),
+            (lambda: llama(layers=3), "layers.2.self_attn.q_proj.* expected no such module"),
+            (lambda: llama(hidden_size=32), r"expected shape \(2, 16\), found a base model that needs \(2, 32\)"),
+            (florence, "are for a LlamaForCausalLM, found a Florence2"),
+        ],
+    )
+    def test_another_base(self, base, message):
+        with pytest.raises(ValueError, match=message):
+            self.layout.check_base(base())
+
+    def test_rank_zero(self):
+        config = LoraConfig(r=2, target_modules=["q_proj"])
+        config.r = 0
+        with pytest.raises(ValueError, match="r=0"):
+            AdapterLayout.from_state_dict(filled(self.layout), config)
+
+    def test_truncated_file(self, tmp_path):
+        llama_lora().save_pretrained(tmp_path)
+        file = tmp_path / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:100])
+        with pytest.raises(ValueError, match="not a readable safetensors file"):
+            AdapterLayout.from_pretrained(tmp_path)
+
+    def test_not_a_peft_model_or_adapter(self):
+        with pytest.raises(ValueError, match=r"Expected a peft\.PeftModel"):
+            AdapterLayout.from_peft_model(llama())
+        with pytest.raises(ValueError, match="No adapter named 'other'"):
+            AdapterLayout.from_peft_model(llama_lora(), "other")
+
+    def test_dora_is_no_plain_lora(self):
+        model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+        with pytest.raises(ValueError, match="is not a LoRA matrix"):
+            AdapterLayout.from_peft_model(model)
+
+
+def test_a_peft_model_that_was_loaded_names_its_base(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    layout = AdapterLayout.from_peft_model(model)
+    assert layout.base_model_name_or_path == str(tmp_path / "base")
+    assert layout.base_model_class == "LlamaForCausalLM"
+    model.save_pretrained(tmp_path / "adapter")
+    assert isinstance(PeftModel.from_pretrained(base.__class__.from_pretrained(tmp_path / "base"), tmp_path / "adapter"), PeftModel)
