@@ -22,14 +22,13 @@ from .hub import resolve
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-class AdapterGenerationMixin:
-    """The side of [`ICMGenerator`] that meets its users, as `GenerationMixin` is in transformers."""
+class AdapterMixin:
+    """The side of [`ICMGenerator`] that meets its users."""
 
     config: ICMConfig
     layout: AdapterLayout
-    _encoder: TaskEncoder | None = None
-    _base: PreTrainedModel | None = None
-    _source: Mapping[str, Any] = {}  # noqa: RUF012 - replaced, never changed
+    _source: dict[str, Any]  # where from_pretrained found the generator
+    _lazy: dict[str, Any]  # the encoder and the base, once loaded; a dict keeps them out of the generator's own modules
 
     def sample(
         self, condition: Tensor, num_samples: int = 1, generator: Generators = None, temperature: float = 1.0
@@ -41,14 +40,14 @@ class AdapterGenerationMixin:
     @property
     def encoder(self) -> TaskEncoder:
         """The task encoder this generator was trained with; loaded on first use, and refused if its weights have another hash."""
-        if self._encoder is None:
+        if "encoder" not in self._lazy:
             if self.config.encoder is None:
                 raise ValueError("This generator names no task encoder: pass task_vector= (Tensor [d]).")
             folder = None
             if self.config.encoder.get("folder"):
                 folder = self._resolve(self.config.encoder["folder"])
-            self._encoder = load_task_encoder(self.config.encoder, str(folder) if folder else None)
-        return self._encoder
+            self._lazy["encoder"] = load_task_encoder(self.config.encoder, str(folder) if folder else None)
+        return self._lazy["encoder"]
 
     @encoder.setter
     def encoder(self, encoder: TaskEncoder) -> None:
@@ -58,7 +57,7 @@ class AdapterGenerationMixin:
                 f"This generator was trained with the {self.config.encoder['kind']} encoder of sha256 {wanted[:12]}, found"  # type: ignore[index]
                 f" {encoder.config['kind']} of {encoder.config['sha256'][:12]}. Pass the encoder it names."
             )
-        self._encoder = encoder
+        self._lazy["encoder"] = encoder
 
     def task_vector(
         self, text: str | None = None, *, examples: Sequence[str] | None = None, task_vector: Tensor | None = None
@@ -223,9 +222,9 @@ class AdapterGenerationMixin:
             return load_base(self.layout, str(base_model), revision, **(kwargs or {}))
         if kwargs:
             return load_base(self.layout, *self._own_base(), **kwargs)
-        if self._base is None:
-            self._base = load_base(self.layout, *self._own_base())
-        return share_tensors(self._base)
+        if "base" not in self._lazy:
+            self._lazy["base"] = load_base(self.layout, *self._own_base())
+        return share_tensors(self._lazy["base"])
 
     def _own_base(self) -> tuple[str, str | None]:
         if self.config.base_model_subfolder:

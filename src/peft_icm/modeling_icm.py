@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_icm import ICMConfig
-from .generation import AdapterGenerationMixin, Generators
+from .generation import AdapterMixin, Generators
 from .hub import generator_card, push_folder
 from .networks import NETWORKS, ContextAttention, Statistics
 
@@ -46,7 +47,7 @@ class ICMOutput(ModelOutput):
     latent_logvar: Tensor | None = None
 
 
-class ICMGenerator(AdapterGenerationMixin, PreTrainedModel):
+class ICMGenerator(AdapterMixin, PreTrainedModel):
     r"""A conditional VAE over LoRA adapters: a task vector in, a native `PeftModel` out.
 
     Implements In-Context Meta LoRA Generation, Eqs. 2-9, in two architectures ([`ICMConfig`]).
@@ -77,6 +78,7 @@ class ICMGenerator(AdapterGenerationMixin, PreTrainedModel):
         self.statistics = Statistics(self.layout.sizes, config.condition_dim)
         self.network = NETWORKS[config.architecture](config)
         self.context = ContextAttention(config) if config.context and config.tasks else None
+        self._source, self._lazy = {}, {}
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -230,7 +232,12 @@ class ICMGenerator(AdapterGenerationMixin, PreTrainedModel):
         """
         names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
         source = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        model = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        try:
+            model = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"model.safetensors of {pretrained_model_name_or_path} is corrupted ({error}). Download or save it again."
+            ) from error
         generator = model[0] if isinstance(model, tuple) else model
         generator._source = {"name": str(pretrained_model_name_or_path), **source}
         return model
