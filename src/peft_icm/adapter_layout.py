@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -206,6 +208,19 @@ class AdapterLayout:
     def modules(self) -> list[str]:
         """Names of the base's modules that carry a LoRA, in the order of `keys`."""
         return list(dict.fromkeys(_PARAMETER.sub("", key).removeprefix(PREFIX) for key in self.keys))
+
+    def key_at(self, index: int) -> str:
+        """The key of the tensor that coordinate `index` of a vector belongs to."""
+        return self.keys[bisect.bisect_right(list(itertools.accumulate(self.sizes)), index)]
+
+    def difference(self, other: AdapterLayout) -> str:
+        """The first thing in which `other` differs, in words: key, expected and found shape, or a field of the configuration."""
+        mine, theirs = dict(zip(self.keys, self.shapes, strict=True)), dict(zip(other.keys, other.shapes, strict=True))
+        for key in sorted(mine.keys() | theirs.keys(), key=_natural):
+            if mine.get(key) != theirs.get(key):
+                return f"{key}: expected shape {mine.get(key, 'none')}, found {theirs.get(key, 'none')}"
+        name = next(name for name in _FUNCTIONAL if self.peft_config.get(name) != other.peft_config.get(name))
+        return f"{name}: expected {self.peft_config.get(name)}, found {other.peft_config.get(name)}"
 
     @property
     def fingerprint(self) -> str:
