@@ -1,0 +1,305 @@
+"""One LoRA per task, all from one seed; the last K epochs of each are the snapshots of an AdapterCollection."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from .adapter_layout import AdapterLayout
+from .collection import AdapterCollection
+
+DONE = "done.json"
+RECIPE = "recipe.json"
+
+
+class Task(Protocol):
+    """What collecting needs of a task; [`LanguageModelingTask`] is one."""
+
+    name: str
+    descriptions: list[str]
+
+    def train_dataset(self, processor: Any, **kwargs: Any) -> Any:
+        """A map-style data set of model inputs with labels."""
+
+
+@dataclass
+class CollectingArguments:
+    """How LoRAs are collected.
+
+    Args:
+        output_dir (`str`): Where snapshots and progress are kept; a second start goes on there.
+        num_train_epochs (`int`, defaults to 150): Epochs for each task (the paper's).
+        num_snapshots (`int`, defaults to 50): K: the LoRA of each of the last K epochs is kept (the paper's).
+        learning_rate (`float`, defaults to 1e-3): Peak learning rate.
+        lr_scheduler_type (`str`, defaults to `"constant_with_warmup"`): Schedule; warm-up takes 5 % of the steps.
+        per_device_train_batch_size (`int`, defaults to 8): Batch of one worker.
+        dtype (`str`, defaults to `"float32"`): dtype of the frozen base; the LoRA is trained in fp32.
+        dataset_kwargs (`dict`): For `task.train_dataset`, e.g. `{"block_size": 256, "max_blocks": 80}`.
+        seed (`int`, defaults to 0): One seed for A, B and the order of the data, the same for all tasks.
+        num_workers (`int`, defaults to 1): Processes that the tasks are spread over.
+        shard (`str`, *optional*): `"i/n"` with 1 <= i <= n: only the i-th of n parts of the tasks, for array jobs on one file system.
+
+    Raises:
+        `ValueError`: If a number is out of range.
+    """
+
+    output_dir: str
+    num_train_epochs: int = 150
+    num_snapshots: int = 50
+    learning_rate: float = 1e-3
+    lr_scheduler_type: str = "constant_with_warmup"
+    per_device_train_batch_size: int = 8
+    dtype: str = "float32"
+    dataset_kwargs: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    num_workers: int = 1
+    shard: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 1 <= self.num_snapshots <= self.num_train_epochs:
+            raise ValueError(f"num_snapshots={self.num_snapshots} must be between 1 and num_train_epochs={self.num_train_epochs}.")
+        if self.num_workers < 1:
+            raise ValueError(f"num_workers={self.num_workers} must be at least 1.")
+        self.part()
+
+    def part(self) -> tuple[int, int]:
+        """The shard as (zero-based index, count)."""
+        try:
+            index, count = (int(number) for number in (self.shard or "1/1").split("/"))
+        except ValueError:
+            index, count = 0, 0
+        if not 1 <= index <= count:
+            raise ValueError(f"shard={self.shard!r} must be 'i/n' with 1 <= i <= n, such as '2/8'.")
+        return index - 1, count
+
+
+class SnapshotCallback(TrainerCallback):
+    """Saves the LoRA of each of the last K epochs as `epoch-0101.safetensors`, atomically.
+
+    Args:
+        folder (`Path`): Where to.
+        num_snapshots (`int`): K.
+
+    Raises:
+        `ValueError`: If the LoRA holds a value that is not finite; nothing is written then.
+    """
+
+    def __init__(self, folder: Path, num_snapshots: int):
+        self.folder, self.num_snapshots = folder, num_snapshots
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save, if this is one of the last K epochs."""
+        epoch = round(state.epoch or 0)
+        if epoch <= args.num_train_epochs - self.num_snapshots:
+            return
+        state_dict = get_peft_model_state_dict(kwargs["model"], save_embedding_layers=False)
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
+        for key, value in tensors.items():
+            if not torch.isfinite(value).all():
+                raise ValueError(f"Task {self.folder.name!r}: {key} is not finite after epoch {epoch}. Lower the learning rate.")
+        target = self.folder / f"epoch-{epoch:04d}.safetensors"
+        temporary = target.with_suffix(".part")
+        save_file(tensors, temporary)
+        os.replace(temporary, target)
+
+
+def collect(
+    base_model: str | os.PathLike[str], tasks: Sequence[Task], lora_config: LoraConfig, args: CollectingArguments
+) -> AdapterCollection | None:
+    """Train one LoRA for each task and gather their snapshots.
+
+    All tasks start from the same A and B, so that what differs between two snapshots is what the tasks taught. Finished tasks are
+    skipped on a second start. Workers train outside any process group: inside one, the Trainer would average the gradients of
+    different tasks.
+
+    Args:
+        base_model (`str` or `Path`): Hub id or folder of the base.
+        tasks (`Sequence[Task]`): With different names.
+        lora_config (`LoraConfig`): The LoRA of every task.
+        args ([`CollectingArguments`]): The recipe.
+
+    Returns:
+        [`AdapterCollection`] or `None`: None while other shards still have tasks to finish.
+
+    Raises:
+        `ValueError`: If names repeat, `output_dir` holds another recipe, or the process is part of a torchrun group.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("collect() spreads tasks over processes of its own: use num_workers or shard='i/n' instead of torchrun.")
+    names = [task.name for task in tasks]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"Tasks need different names, found {names}.")
+    if lora_config.r <= 0:
+        raise ValueError(f"The LoRA rank must be a positive integer, found r={lora_config.r}.")
+    folder = Path(args.output_dir)
+    _check_recipe(folder, _recipe(base_model, lora_config, args))
+    index, count = args.part()
+    waiting = [task for task in tasks[index::count] if not (folder / task.name / DONE).is_file()]
+    if args.num_workers == 1 or len(waiting) <= 1:
+        _work(str(base_model), waiting, lora_config, args)
+    else:
+        _spread(str(base_model), waiting, lora_config, args)
+    if not all((folder / name / DONE).is_file() for name in names):
+        return None
+    return gather(folder, tasks)
+
+
+def gather(folder: str | Path, tasks: Sequence[Task]) -> AdapterCollection:
+    """Read the finished tasks of a collecting folder.
+
+    Args:
+        folder (`str` or `Path`): `output_dir` of [`collect`].
+        tasks (`Sequence[Task]`): Which, and in what order.
+
+    Returns:
+        [`AdapterCollection`]
+
+    Raises:
+        `ValueError`: If a task is not finished, or two have different layouts.
+    """
+    root = Path(folder)
+    recipe = json.loads((root / RECIPE).read_text())
+    layout: AdapterLayout | None = None
+    snapshots, losses = {}, {}
+    for task in tasks:
+        if not (root / task.name / DONE).is_file():
+            raise ValueError(f"Task {task.name!r} is not finished in {root}: run collect again.")
+        done = json.loads((root / task.name / DONE).read_text())
+        found = AdapterLayout.from_dict(done["layout"])
+        layout = layout or found
+        if found.fingerprint != layout.fingerprint:
+            raise ValueError(f"Task {task.name!r} has another layout: {layout.difference(found)}.")
+        files = sorted((root / task.name).glob("epoch-*.safetensors"), key=lambda file: int(file.stem.split("-")[1]))
+        snapshots[task.name] = torch.stack([layout.flatten(load_file(file)) for file in files])
+        losses[task.name] = done["train_loss"]
+    assert layout is not None
+    metadata = {
+        **recipe,
+        "train_loss": losses,
+        "date": datetime.date.today().isoformat(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+    }
+    return AdapterCollection(layout, snapshots, {task.name: list(task.descriptions) for task in tasks}, metadata=metadata)
+
+
+def _recipe(base_model: str | os.PathLike[str], lora_config: LoraConfig, args: CollectingArguments) -> dict[str, Any]:
+    """What a snapshot depends on, JSON-able."""
+    lora = {name: getattr(lora_config, name) for name in ("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights")}
+    targets = lora_config.target_modules
+    lora["target_modules"] = targets if isinstance(targets, str) else sorted(targets or [])
+    spread = ("output_dir", "num_workers", "shard")
+    own = {name: value for name, value in asdict(args).items() if name not in spread}
+    return json.loads(json.dumps({"base_model": str(base_model), "lora": lora, **own}))
+
+
+def _check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / RECIPE
+    if not file.is_file():
+        temporary = file.with_suffix(f".{os.getpid()}.part")
+        temporary.write_text(json.dumps(recipe, indent=1))
+        os.replace(temporary, file)
+        return
+    found = json.loads(file.read_text())
+    for name, value in recipe.items():
+        if found.get(name) != value:
+            raise ValueError(f"{folder} holds LoRAs of another recipe: {name} was {found.get(name)!r}, now {value!r}. Choose another folder.")
+
+
+def _spread(base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, args: CollectingArguments) -> None:
+    """Train in processes of their own, each with its share of the threads."""
+    context = multiprocessing.get_context("spawn")
+    count = min(args.num_workers, len(tasks))
+    threads = max(1, torch.get_num_threads() // count)
+    workers = [
+        context.Process(target=_work, args=(base_model, tasks[i::count], lora_config, args, threads), daemon=True)
+        for i in range(count)
+    ]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        for worker in workers:
+            worker.terminate()
+    if failed := [worker.exitcode for worker in workers if worker.exitcode]:
+        raise RuntimeError(f"{len(failed)} of {count} workers failed (exit code {failed[0]}); finished tasks are kept in {args.output_dir}.")
+
+
+def _work(
+    base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, args: CollectingArguments, threads: int | None = None
+) -> None:
+    if not tasks:
+        return
+    if threads:
+        torch.set_num_threads(threads)
+    config = AutoConfig.from_pretrained(base_model)
+    base = getattr(transformers, config.architectures[0]).from_pretrained(base_model, dtype=args.dtype)
+    processor = AutoProcessor.from_pretrained(base_model)
+    for task in tqdm(tasks, desc="collecting", unit="task"):
+        base = _train(base, processor, task, lora_config, args)
+
+
+def _train(base: nn.Module, processor: Any, task: Task, lora_config: LoraConfig, args: CollectingArguments) -> nn.Module:
+    """Train the LoRA of one task; returns the base as it was."""
+    folder = Path(args.output_dir) / task.name
+    shutil.rmtree(folder, ignore_errors=True)  # an unfinished run of this task
+    folder.mkdir(parents=True)
+    set_seed(args.seed)
+    model = get_peft_model(base, lora_config)
+    assert isinstance(model, PeftModel)
+    with tempfile.TemporaryDirectory() as scratch:
+        training_args = TrainingArguments(
+            output_dir=scratch,
+            num_train_epochs=args.num_train_epochs,
+            per_device_train_batch_size=args.per_device_train_batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type=args.lr_scheduler_type,
+            warmup_steps=0.05,
+            weight_decay=0.0,
+            seed=args.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(
+            model=model,
+            args=training_args,
+            train_dataset=task.train_dataset(processor, **args.dataset_kwargs),
+            callbacks=[SnapshotCallback(folder, args.num_snapshots)],
+        )
+        loss = trainer.train().training_loss
+    done = {"layout": AdapterLayout.from_peft_model(model).to_dict(), "train_loss": round(loss, 4)}
+    temporary = folder / f"{DONE}.part"
+    temporary.write_text(json.dumps(done))
+    os.replace(temporary, folder / DONE)
+    return model.unload()
