@@ -3,17 +3,28 @@
 from transformers import AutoConfig, AutoModel
 
 from .adapter_layout import AdapterLayout
-from .adapters import save_adapter
+from .adapters import push_adapter, save_adapter
+from .collecting import CollectingArguments, collect
+from .collection import AdapterCollection
+from .conditioning import load_task_encoder
 from .configuration_icm import ICMConfig
 from .modeling_icm import ICMGenerator, ICMOutput
+from .training import ICMTrainer, ICMTrainingArguments
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterCollection",
     "AdapterLayout",
+    "CollectingArguments",
     "ICMConfig",
     "ICMGenerator",
     "ICMOutput",
+    "ICMTrainer",
+    "ICMTrainingArguments",
+    "collect",
+    "load_task_encoder",
+    "push_adapter",
     "save_adapter",
 ]
 

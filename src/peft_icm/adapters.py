@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import logging
 import os
 import tempfile
@@ -14,11 +15,13 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import CommitInfo, ModelCard
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapter_layout import PREFIX, AdapterLayout, same_function
+from .hub import BASE_FOLDER, adapter_card, copy_base, push_folder
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +161,11 @@ def _provenance(model: PeftModel) -> dict[str, dict[str, Any]]:
     return model.__dict__.setdefault("peft_icm_provenance", {})
 
 
+def _check_name(model: PeftModel, adapter_name: str) -> None:
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"No adapter named {adapter_name!r}: the model has {sorted(model.peft_config)}.")
+
+
 def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> Path:
     """Save one adapter as an ordinary PEFT folder, with a card that says where it came from.
 
@@ -175,10 +183,7 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     Raises:
         `ValueError`: If the model has no such adapter.
     """
-    from .hub import adapter_card
-
-    if adapter_name not in model.peft_config:
-        raise ValueError(f"No adapter named {adapter_name!r}: the model has {sorted(model.peft_config)}.")
+    _check_name(model, adapter_name)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
@@ -193,3 +198,63 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     return target
 
 
+def push_adapter(
+    model: PeftModel,
+    repo_id: str,
+    adapter_name: str = "default",
+    *,
+    commit_message: str = "Upload generated adapter",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    overwrite_card: bool = False,
+) -> CommitInfo:
+    """Push one adapter to the Hub in one commit, with the card of [`save_adapter`].
+
+    A base model that is a local folder travels along in `base_model/`; the card's snippet loads it from there.
+
+    Args:
+        model (`PeftModel`): Carries the adapter.
+        repo_id (`str`): `"org/name"`; created where it does not exist.
+        adapter_name (`str`, defaults to `"default"`): Which adapter.
+        commit_message (`str`, defaults to `"Upload generated adapter"`): Message of the commit.
+        private (`bool`, *optional*): Create a private repo.
+        token (`str` or `bool`, *optional*): Access token; by default the stored one.
+        revision (`str`, *optional*): Branch.
+        create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
+        overwrite_card (`bool`, defaults to `False`): Replace a card that was edited by hand.
+
+    Returns:
+        `huggingface_hub.CommitInfo`: Of the one commit.
+
+    Raises:
+        `ValueError`: If the model has no such adapter.
+    """
+    _check_name(model, adapter_name)
+    base_subfolder = BASE_FOLDER if os.path.isdir(model.peft_config[adapter_name].base_model_name_or_path or "") else None
+
+    def write(folder: Path) -> None:
+        save_adapter(model, folder, adapter_name)
+        if base_subfolder:
+            file = folder / "adapter_config.json"
+            config = json.loads(file.read_text())
+            copy_base(config["base_model_name_or_path"], folder)
+            file.write_text(json.dumps({**config, "base_model_name_or_path": repo_id}, indent=2, sort_keys=True))
+
+    def card(folder: Path) -> ModelCard:
+        layout = AdapterLayout.from_pretrained(folder).to_dict()
+        facts = _provenance(model).get(adapter_name, {})
+        return adapter_card(layout, repo_id=repo_id, base_subfolder=base_subfolder, **facts)
+
+    return push_folder(
+        write,
+        repo_id,
+        card=card,
+        commit_message=commit_message,
+        private=private,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+        overwrite_card=overwrite_card,
+    )

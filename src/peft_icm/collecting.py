@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 import multiprocessing
@@ -274,7 +275,7 @@ def _train(base: nn.Module, processor: Any, task: Task, lora_config: LoraConfig,
     shutil.rmtree(folder, ignore_errors=True)  # an unfinished run of this task
     folder.mkdir(parents=True)
     set_seed(args.seed)
-    model = get_peft_model(base, lora_config)
+    model = get_peft_model(base, copy.deepcopy(lora_config))  # peft resolves target_modules in place
     assert isinstance(model, PeftModel)
     with tempfile.TemporaryDirectory() as scratch:
         training_args = TrainingArguments(

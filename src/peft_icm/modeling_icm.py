@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,8 @@ from transformers.utils import ModelOutput
 
 from .configuration_icm import ICMConfig
 from .generation import AdapterMixin, Generators
-from .hub import generator_card, push_folder
+from .hub import BASE_FOLDER, copy_base, generator_card, push_folder
 from .networks import NETWORKS, ContextAttention, Statistics
-
-BASE_FOLDER = "base_model"
 
 
 @dataclass
@@ -264,7 +261,7 @@ class ICMGenerator(AdapterMixin, PreTrainedModel):
         base = self._own_base()[0] if named else None
         if base is None or not os.path.isdir(base):
             return
-        shutil.copytree(base, folder / BASE_FOLDER, dirs_exist_ok=True)
+        copy_base(base, folder)
         config = ICMConfig.from_pretrained(folder)
         config.base_model_subfolder = BASE_FOLDER
         config.layout = {**self.layout.to_dict(), "base_model_name_or_path": None}

@@ -1,0 +1,35 @@
+"""One Hub on 127.0.0.1 for the whole session, set up before huggingface_hub reads its environment."""
+
+import os
+import tempfile
+
+from hub_server import TOKEN, Hub
+
+_hub = Hub()
+_home = tempfile.TemporaryDirectory()
+os.environ |= {
+    "HF_ENDPOINT": _hub.url,
+    "HF_HOME": _home.name,
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+os.environ.pop("HF_TOKEN", None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+
+
+@pytest.fixture(params=["regular", "lfs"])
+def hub(request):
+    """An empty Hub, in each of the two upload modes."""
+    _hub.__dict__ |= {"repos": {}, "objects": {}, "requests": [], "cut": None, "pull_requests": 0}
+    _hub.lfs_above = 0 if request.param == "lfs" else 10**9
+    return _hub
+
+
+@pytest.fixture
+def token():
+    return TOKEN

@@ -1,0 +1,208 @@
+"""Push and pull through the real huggingface_hub client, against a Hub of our own over HTTP."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from peft import PeftModel
+from tiny import CONDITION_DIM, generator, llama, llama_layout
+from transformers import LlamaForCausalLM
+
+from peft_icm import AdapterCollection, ICMConfig, ICMGenerator, push_adapter
+from peft_icm.adapter_layout import AdapterLayout
+from peft_icm.hub import cards_folder, resolve
+
+REPO = "org/icm-tiny"
+VECTOR = torch.linspace(-1, 1, CONDITION_DIM)
+
+
+@pytest.fixture
+def local_base(tmp_path):
+    """A generator whose base is a local folder."""
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "checkpoint-5").mkdir()
+    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"pickle")
+    layout = AdapterLayout.from_dict({**llama_layout().to_dict(), "base_model_name_or_path": str(tmp_path / "base")})
+    return generator(layout)
+
+
+def commits(hub, repo=REPO, kind="models"):
+    return [message for message in hub.repos[kind, repo].log if message != "initial commit"]
+
+
+def test_one_commit_there_and_back(hub, token, tmp_path):
+    model = generator()
+    info = model.push_to_hub(REPO, token=token, commit_message="first")
+    assert commits(hub) == ["first"] and info.oid == hub.repos["models", REPO].branches["main"]
+    assert set(hub.repos["models", REPO].files()) == {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    loaded = ICMGenerator.from_pretrained(REPO, cache_dir=tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    again = ICMGenerator.from_pretrained(REPO, cache_dir=tmp_path, local_files_only=True)
+    torch.testing.assert_close(again.sample(VECTOR, temperature=0.0), model.sample(VECTOR, temperature=0.0))
+
+
+def test_a_local_base_travels_and_is_found(hub, token, tmp_path, local_base):
+    local_base.push_to_hub(REPO, token=token)
+    assert len(commits(hub)) == 1
+    files = hub.repos["models", REPO].files()
+    assert "base_model/model.safetensors" in files
+    assert not [name for name in files if name.endswith(".bin") or "checkpoint" in name]
+    assert str(tmp_path).encode() not in files["config.json"] + files["README.md"]
+    loaded = ICMGenerator.from_pretrained(REPO, cache_dir=tmp_path / "cache")
+    model = loaded.generate_adapter(task_vector=VECTOR)
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(model.get_base_model().state_dict()[name.replace("_proj.", "_proj.base_layer.")
+                           if ("q_proj" in name or "v_proj" in name) else name], tensor)  # fmt: skip
+
+
+def test_subfolder_and_revision(hub, token, tmp_path):
+    from huggingface_hub import HfApi
+
+    model = generator()
+    model.save_pretrained(tmp_path / "g")
+    api = HfApi(token=token)
+    api.create_repo(REPO)
+    api.upload_folder(repo_id=REPO, folder_path=tmp_path / "g", path_in_repo="small")
+    loaded = ICMGenerator.from_pretrained(REPO, subfolder="small", cache_dir=tmp_path / "cache")
+    assert torch.equal(loaded.statistics.mean, model.statistics.mean)
+    model.push_to_hub(REPO, token=token, revision="v2")
+    assert "model.safetensors" in hub.repos["models", REPO].files("v2")
+    assert "model.safetensors" not in hub.repos["models", REPO].files("main")
+    ICMGenerator.from_pretrained(REPO, revision="v2", cache_dir=tmp_path / "cache")
+
+
+def test_private_and_pull_request(hub, token, tmp_path):
+    model = generator()
+    model.push_to_hub(REPO, token=token, private=True)
+    assert hub.repos["models", REPO].private
+    with pytest.raises(OSError, match=REPO):
+        ICMGenerator.from_pretrained(REPO, cache_dir=tmp_path)
+    ICMGenerator.from_pretrained(REPO, token=token, cache_dir=tmp_path)
+    before = hub.repos["models", REPO].branches["main"]
+    info = model.push_to_hub(REPO, token=token, create_pr=True)
+    assert info.pr_url and hub.repos["models", REPO].branches["main"] == before
+    assert "refs/pr/1" in hub.repos["models", REPO].branches
+
+
+class TestCard:
+    def test_says_what_is_known_and_nothing_else(self, hub, token, tmp_path):
+        model = generator()
+        model.config.training = {
+            "snapshots": 30,
+            "metrics": [{"type": "variance_explained", "name": "variance explained", "value": 0.75, "dataset": "held-out snapshots"}],
+        }
+        model.push_to_hub(REPO, token=token)
+        card = ModelCard(hub.repos["models", REPO].files()["README.md"].decode())
+        assert card.data.library_name == "peft_icm"
+        assert card.data.eval_results[0].metric_value == 0.75
+        text = card.text
+        assert f'from_pretrained("{REPO}")' in text and "'about cats'" not in text
+        assert "r = 2" in text and "`q_proj`, `v_proj`" in text and "- `sofas`: about sofas" in text
+        assert "| snapshots trained on | 30 |" in text
+        assert "None" not in text and "seed" not in text and "base model |" not in text
+
+    def test_break_even_is_the_first_number_of_loras_that_weighs_more(self, hub, token):
+        model = generator()
+        model.push_to_hub(REPO, token=token)
+        files = hub.repos["models", REPO].files()
+        text = files["README.md"].decode()
+        size, one = len(files["model.safetensors"]), model.layout.numel * 4
+        number = next(n for n in range(1, 10**6) if n * one >= size)
+        assert f"from {number} tasks on" in text
+
+    def test_edited_by_hand_is_kept_until_told_otherwise(self, hub, token):
+        model = generator()
+        model.push_to_hub(REPO, token=token)
+        repo = hub.repos["models", REPO]
+        model.push_to_hub(REPO, token=token)
+        assert b"ICMGenerator" in repo.files()["README.md"]
+        edited = repo.files()["README.md"].replace(b"## Limits", b"## My own words")
+        repo.commit("main", {**repo.files(), "README.md": edited}, "by hand")
+        model.push_to_hub(REPO, token=token)
+        assert repo.files()["README.md"] == edited
+        model.push_to_hub(REPO, token=token, overwrite_card=True)
+        assert b"## My own words" not in repo.files()["README.md"]
+
+    def test_the_snippet_of_an_adapter_runs(self, hub, token, tmp_path, local_base):
+        model = local_base.generate_adapter(task_vector=VECTOR, generator=torch.Generator().manual_seed(5))
+        push_adapter(model, "me/sofas", token=token)
+        files = hub.repos["models", "me/sofas"].files()
+        assert {"adapter_config.json", "adapter_model.safetensors", "base_model/config.json", "README.md"} <= set(files)
+        assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "me/sofas"
+        card = files["README.md"].decode()
+        assert "| seed | 5 |" in card and str(tmp_path) not in card
+        names = {}
+        exec(card.split("```python")[1].split("```")[0], names)
+        assert isinstance(names["model"], PeftModel)
+
+    def test_templates_are_found(self):
+        assert {file.name for file in cards_folder().glob("*.md")} == {"adapter.md", "collection.md", "generator.md"}
+
+
+class TestWhatGoesWrong:
+    def test_no_token(self, hub, token):
+        with pytest.raises(HfHubHTTPError, match="401"):
+            generator().push_to_hub(REPO, token=False)
+        assert not hub.repos
+
+    @pytest.mark.parametrize("name", ["org/misspelt", "no/such/folder"])
+    def test_missing_repo(self, hub, name, tmp_path):
+        with pytest.raises(OSError, match=name):
+            ICMGenerator.from_pretrained(name, cache_dir=tmp_path)
+        with pytest.raises(OSError, match=name):
+            AdapterCollection.from_pretrained(name, cache_dir=tmp_path)
+
+    def test_missing_revision(self, hub, token, tmp_path):
+        generator().push_to_hub(REPO, token=token)
+        with pytest.raises(OSError, match="v9"):
+            ICMGenerator.from_pretrained(REPO, revision="v9", cache_dir=tmp_path)
+        with pytest.raises(OSError, match="no revision 'v9'"):
+            resolve(REPO, revision="v9", cache_dir=tmp_path)
+
+    def test_not_cached(self, hub, tmp_path):
+        with pytest.raises(OSError, match="not in the local cache"):
+            resolve(REPO, local_files_only=True, cache_dir=tmp_path)
+
+    def test_a_connection_cut_in_mid_download_leaves_nothing_half(self, hub, token, tmp_path):
+        model = generator()
+        model.push_to_hub(REPO, token=token)
+        hub.cut = "model.safetensors"
+        with pytest.raises(Exception):  # noqa: B017 - which one is the client's choice
+            ICMGenerator.from_pretrained(REPO, cache_dir=tmp_path)
+        assert not [file for file in tmp_path.rglob("model.safetensors")]
+        hub.cut = None
+        loaded = ICMGenerator.from_pretrained(REPO, cache_dir=tmp_path)
+        assert torch.equal(loaded.statistics.mean, model.statistics.mean)
+
+    def test_a_failed_upload_commits_nothing(self, hub, token, monkeypatch):
+        generator().push_to_hub(REPO, token=token)
+        before = dict(hub.repos["models", REPO].branches)
+        with pytest.raises(RepositoryNotFoundError):
+            from huggingface_hub import HfApi
+
+            monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: type("Url", (), {"repo_id": "org/gone"})())
+            generator().push_to_hub(REPO, token=token)
+        assert hub.repos["models", REPO].branches == before
+
+
+def test_collection_there_and_back(hub, token, tmp_path):
+    layout = llama_layout()
+    snapshots = {name: torch.randn(3, layout.numel) for name in ("cats", "dogs")}
+    texts = {"cats": ["about cats"], "dogs": ["about dogs", "of dogs"]}
+    collection = AdapterCollection(layout, snapshots, texts, metadata={"seed": 0})
+    collection.push_to_hub("org/loras", token=token)
+    assert commits(hub, "org/loras", "datasets") == ["Upload AdapterCollection"]
+    loaded = AdapterCollection.from_pretrained("org/loras", cache_dir=tmp_path)
+    assert loaded.descriptions == texts and all(torch.equal(loaded.snapshots[name], snapshots[name]) for name in snapshots)
+    card = hub.repos["datasets", "org/loras"].files()["README.md"].decode()
+    assert "| `dogs` | 3 | about dogs |" in card and "None" not in card
+
+
+def test_config_on_the_hub_is_a_config(hub, token, tmp_path):
+    generator().push_to_hub(REPO, token=token)
+    assert isinstance(ICMConfig.from_pretrained(REPO, cache_dir=tmp_path), ICMConfig)
