@@ -69,18 +69,20 @@ def corpus(phrasings: dict, wordnet: Path, wikipedia: Path, domains: Path, seed:
 
 @torch.no_grad()
 def teach(sentences: list[str], minilm: Path, cache: Path) -> torch.Tensor:
-    """MiniLM's embeddings `[N, 384]`: mean pooling, L2; cached."""
+    """MiniLM's embeddings `[N, 384]`: mean pooling, L2; cached by sentence."""
+    known: dict[str, torch.Tensor] = {}
     if cache.is_file():
-        return load_file(cache)["embeddings"]
+        known = dict(zip(json.loads(cache.with_suffix(".json").read_text()), load_file(cache)["embeddings"], strict=True))
     tokenizer, teacher = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm).eval()
-    order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))
-    embeddings = torch.empty(len(sentences), 384)
-    for start in tqdm(range(0, len(order), 64), desc="teacher", mininterval=20):
-        rows = order[start : start + 64]
-        batch = tokenizer([sentences[row] for row in rows], padding=True, truncation=True, max_length=48, return_tensors="pt")
+    new = sorted(set(sentences) - set(known), key=len)
+    for start in tqdm(range(0, len(new), 64), desc="teacher", mininterval=20):
+        batch = tokenizer(new[start : start + 64], padding=True, truncation=True, max_length=48, return_tensors="pt")
         states, mask = teacher(**batch).last_hidden_state, batch["attention_mask"][..., None]
-        embeddings[rows] = F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
+        rows = F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
+        known |= dict(zip(new[start : start + 64], rows, strict=True))
+    embeddings = torch.stack([known[sentence] for sentence in sentences])
     save_file({"embeddings": embeddings}, cache)
+    cache.with_suffix(".json").write_text(json.dumps(sentences))
     return embeddings
 
 
