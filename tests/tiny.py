@@ -1,8 +1,17 @@
 """Tiny instances of the real classes, built in milliseconds."""
 
+import functools
+
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Florence2Config, Florence2ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Florence2Config,
+    Florence2ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from peft_icm import AdapterLayout, ICMConfig, ICMGenerator
 
@@ -58,3 +67,24 @@ def generator(layout=None, **kwargs):
     tasks = [{"name": name, "description": f"about {name}"} for name in ("cats", "dogs", "sofas")]
     model = ICMGenerator(ICMConfig(layout=(layout or llama_layout()).to_dict(), tasks=tasks, **options))
     return model.eval()
+
+
+@functools.cache
+def tokenizer():
+    """Bytes as tokens, with <s>, </s> and <pad>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", "<pad>", *alphabet])}
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+TEXTS = [
+    "Shall I compare thee to a summer's day? Thou art more lovely and more temperate:\nRough winds do shake the darling buds of May,\n"
+    "And summer's lease hath all too short a date;\nSometime too hot the eye of heaven shines,\nAnd often is his gold complexion dimm'd;",
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. However little\n"
+    "known the feelings or views of such a man may be on his first entering a neighbourhood, this truth is so well fixed in the minds.",
+    "In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness was upon the face of\n"
+    "the deep. And the Spirit of God moved upon the face of the waters. And God said, Let there be light: and there was light.",
+]

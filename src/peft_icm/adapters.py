@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapter_layout import PREFIX, AdapterLayout, same_function
-from .hub import BASE_FOLDER, adapter_card, copy_base, push_folder
+from .hub import BASE_FOLDER, CARD, adapter_card, copy_base, push_folder
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
         source = Path(temporary) if adapter_name == "default" else Path(temporary) / adapter_name
         layout = AdapterLayout.from_pretrained(source)
         facts = _provenance(model).get(adapter_name, {})
-        (source / "README.md").write_text(str(adapter_card(layout.to_dict(), **facts)))
+        (source / CARD).write_text(str(adapter_card(layout.to_dict(), **facts)))
         for file in sorted(source.iterdir()):
             if file.is_file():
                 os.replace(file, target / file.name)
@@ -199,7 +200,7 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
 
 
 def push_adapter(
-    model: PeftModel,
+    adapter: PeftModel | str | os.PathLike[str],
     repo_id: str,
     adapter_name: str = "default",
     *,
@@ -215,9 +216,9 @@ def push_adapter(
     A base model that is a local folder travels along in `base_model/`; the card's snippet loads it from there.
 
     Args:
-        model (`PeftModel`): Carries the adapter.
+        adapter (`PeftModel`, `str` or `Path`): A model that carries the adapter, or the folder where [`save_adapter`] saved it.
         repo_id (`str`): `"org/name"`; created where it does not exist.
-        adapter_name (`str`, defaults to `"default"`): Which adapter.
+        adapter_name (`str`, defaults to `"default"`): Which adapter of a model.
         commit_message (`str`, defaults to `"Upload generated adapter"`): Message of the commit.
         private (`bool`, *optional*): Create a private repo.
         token (`str` or `bool`, *optional*): Access token; by default the stored one.
@@ -229,23 +230,29 @@ def push_adapter(
         `huggingface_hub.CommitInfo`: Of the one commit.
 
     Raises:
-        `ValueError`: If the model has no such adapter.
+        `ValueError`: If the model has no such adapter, or the folder holds none.
     """
-    _check_name(model, adapter_name)
-    base_subfolder = BASE_FOLDER if os.path.isdir(model.peft_config[adapter_name].base_model_name_or_path or "") else None
+    if isinstance(adapter, PeftModel):
+        _check_name(adapter, adapter_name)
+    else:
+        AdapterLayout.from_pretrained(Path(adapter))
 
     def write(folder: Path) -> None:
-        save_adapter(model, folder, adapter_name)
-        if base_subfolder:
-            file = folder / "adapter_config.json"
-            config = json.loads(file.read_text())
+        if isinstance(adapter, PeftModel):
+            save_adapter(adapter, folder, adapter_name)
+        else:
+            for name in ("adapter_config.json", "adapter_model.safetensors", CARD):
+                shutil.copy(Path(adapter) / name, folder / name)
+        file = folder / "adapter_config.json"
+        config = json.loads(file.read_text())
+        if os.path.isdir(config["base_model_name_or_path"] or ""):
             copy_base(config["base_model_name_or_path"], folder)
             file.write_text(json.dumps({**config, "base_model_name_or_path": repo_id}, indent=2, sort_keys=True))
 
     def card(folder: Path) -> ModelCard:
-        layout = AdapterLayout.from_pretrained(folder).to_dict()
-        facts = _provenance(model).get(adapter_name, {})
-        return adapter_card(layout, repo_id=repo_id, base_subfolder=base_subfolder, **facts)
+        facts = ModelCard.load(folder / CARD).data.get("icm") or {}
+        subfolder = BASE_FOLDER if (folder / BASE_FOLDER).is_dir() else None
+        return adapter_card(AdapterLayout.from_pretrained(folder).to_dict(), repo_id=repo_id, base_subfolder=subfolder, **facts)
 
     return push_folder(
         write,

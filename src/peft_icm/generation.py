@@ -222,9 +222,20 @@ class AdapterMixin:
             return load_base(self.layout, str(base_model), revision, **(kwargs or {}))
         if kwargs:
             return load_base(self.layout, *self._own_base(), **kwargs)
+        return share_tensors(self.load_base())
+
+    def load_base(self) -> PreTrainedModel:
+        """The base model that this generator was trained for, loaded once.
+
+        Returns:
+            `PreTrainedModel`: Keep it free of adapters: what `generate_adapter` returns shares its tensors.
+
+        Raises:
+            `ValueError`: If the generator names no base.
+        """
         if "base" not in self._lazy:
             self._lazy["base"] = load_base(self.layout, *self._own_base())
-        return share_tensors(self._lazy["base"])
+        return self._lazy["base"]
 
     def _own_base(self) -> tuple[str, str | None]:
         if self.config.base_model_subfolder:

@@ -254,6 +254,7 @@ def adapter_card(
     Returns:
         `huggingface_hub.ModelCard`
     """
+    facts = {"generator": generator, "text": text, "seed": seed, "temperature": temperature}
     found = AdapterLayout.from_dict(dict(layout))
     base = repo_id if base_subfolder else found.base_model_name_or_path
     pipeline = "text-generation" if found.peft_config.get("task_type") == "CAUSAL_LM" else None
@@ -262,15 +263,13 @@ def adapter_card(
         base_model=_hub_id(base) if not base_subfolder else None,
         pipeline_tag=pipeline,
         tags=["lora", "icm", "generated"],
+        icm={name: value for name, value in facts.items() if value is not None} or None,
     )
     return _fill(
         "adapter",
         data,
         repo_id=repo_id,
-        generator=generator,
-        text=text,
-        seed=seed,
-        temperature=temperature,
+        **facts,
         base=base,
         base_subfolder=base_subfolder,
         base_class=found.base_model_class,

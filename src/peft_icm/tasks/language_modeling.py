@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class LanguageModelingTask:
         descriptions (`list[str]`): Sentences that ask for it; the first is the canonical one.
         train_texts (`list[str]`): Documents to train on.
         test_texts (`list[str]`): Held-out documents.
+        unseen_descriptions (`list[str]`): Sentences that ask for it and that no generator is trained on; for evaluation.
 
     Example:
 
@@ -55,6 +56,7 @@ class LanguageModelingTask:
     descriptions: list[str]
     train_texts: list[str]
     test_texts: list[str]
+    unseen_descriptions: list[str] = field(default_factory=list)
 
     def train_dataset(self, tokenizer: Any, block_size: int = 256, max_blocks: int | None = None) -> TokenBlocks:
         """Pack the training documents, each between BOS and EOS where the tokenizer has them, into blocks.
@@ -87,8 +89,8 @@ class LanguageModelingTask:
 def load_tasks(folder: str | Path) -> list[LanguageModelingTask]:
     r"""Read the tasks of a folder.
 
-    `tasks.json` holds `{"tasks": [{"name", "descriptions", "train", "test"}]}`, where train and test name text files (or null) whose
-    documents are separated by a line with a NUL character.
+    `tasks.json` holds `{"tasks": [{"name", "descriptions", "unseen_descriptions", "train", "test"}]}`, where train and test name text
+    files (or null) whose documents are separated by a line with a NUL character; `unseen_descriptions` may be left out.
 
     Args:
         folder (`str` or `Path`): The folder.
@@ -113,7 +115,13 @@ def load_tasks(folder: str | Path) -> list[LanguageModelingTask]:
         return (root / name).read_text().split(DOCUMENT_SEPARATOR)
 
     return [
-        LanguageModelingTask(entry["name"], entry["descriptions"], read(entry.get("train")), read(entry.get("test")))
+        LanguageModelingTask(
+            entry["name"],
+            entry["descriptions"],
+            read(entry.get("train")),
+            read(entry.get("test")),
+            entry.get("unseen_descriptions", []),
+        )
         for entry in entries
     ]
 

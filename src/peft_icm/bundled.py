@@ -1,0 +1,47 @@
+"""What travels inside the package: a small generator with its base, held-out text and the tasks' own LoRAs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+BUNDLES = Path(__file__).parent / "bundled"
+
+
+def bundled_folder(name: str) -> Path:
+    """The folder of a bundle.
+
+    Args:
+        name (`str`): `"text"`.
+
+    Raises:
+        `ValueError`: If there is no such bundle.
+    """
+    folder = BUNDLES / name
+    if not (folder / "generator" / "config.json").is_file():
+        names = sorted(path.name for path in BUNDLES.iterdir() if path.is_dir())
+        raise ValueError(f"There is no bundled generator {name!r}: choose one of {', '.join(names)}.")
+    return folder
+
+
+def bundled_generator(name: str) -> str:
+    """The folder of a bundled generator, for [`ICMGenerator.from_pretrained`].
+
+    Args:
+        name (`str`): `"text"`: text domains for the bundled Llama.
+
+    Returns:
+        `str`: Path of the folder.
+
+    Raises:
+        `ValueError`: If there is no such bundle.
+
+    Example:
+
+    ```python
+    >>> from peft_icm import ICMGenerator
+    >>> ICMGenerator.from_pretrained(bundled_generator("text")).config.model_type
+    'icm'
+
+    ```
+    """
+    return str(bundled_folder(name) / "generator")
