@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -244,8 +245,11 @@ def _spread(base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, arg
         for i in range(count)
     ]
     try:
+        # Workers inherit that Ctrl-C is ignored: it is for this process, which ends them.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         for worker in workers:
             worker.start()
+        signal.signal(signal.SIGINT, handler)
         for worker in workers:
             worker.join()
     finally:

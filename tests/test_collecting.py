@@ -1,0 +1,192 @@
+"""One LoRA per task with the real Trainer: the same by one worker or two, resumable, refused where it must be."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from tiny import TEXTS, llama, tokenizer
+
+from peft_icm import AdapterCollection, CollectingArguments, collect
+from peft_icm.collecting import gather
+from peft_icm.tasks.language_modeling import LanguageModelingTask
+
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+def lora(**kwargs):
+    return LoraConfig(**{**LORA, **kwargs})
+
+
+def tasks(names=("sonnet", "novel", "genesis")):
+    return [LanguageModelingTask(name, [f"about {name}"], [text], []) for name, text in zip(names, TEXTS, strict=False)]
+
+
+def arguments(folder, **kwargs):
+    options = {"num_train_epochs": 3, "num_snapshots": 2, "learning_rate": 1e-2, "dataset_kwargs": {"block_size": 32}}
+    return CollectingArguments(str(folder), **{**options, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    llama(vocab_size=len(tokenizer())).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def collected(base, tmp_path_factory):
+    """(collection, its folder) of one worker."""
+    folder = tmp_path_factory.mktemp("one")
+    return collect(base, tasks(), lora(), arguments(folder)), folder
+
+
+def same(first, second):
+    return all(torch.equal(first.snapshots[task], second.snapshots[task]) for task in first.tasks)
+
+
+def test_two_workers_collect_what_one_collects(base, collected, tmp_path):
+    two = collect(base, tasks(), lora(), arguments(tmp_path, num_workers=2))
+    assert two.tasks == collected[0].tasks and same(collected[0], two)
+
+
+def test_tasks_differ_and_start_from_one_seed(collected):
+    collection, _ = collected
+    sonnet, novel, genesis = (collection.final(task) for task in collection.tasks)
+    assert not torch.allclose(sonnet, novel) and not torch.allclose(novel, genesis)
+    assert torch.cosine_similarity(sonnet, novel, dim=0) > 0.8  # most of A is still what the seed drew
+    assert not torch.equal(*collection.snapshots["sonnet"])
+
+
+def test_the_metadata_tells_how(collected, base):
+    metadata = collected[0].metadata
+    assert metadata["num_train_epochs"] == 3 and metadata["lora"]["r"] == 2 and metadata["seed"] == 0
+    assert set(metadata["versions"]) == {"torch", "transformers", "peft"} and set(metadata["train_loss"]) == {"sonnet", "novel", "genesis"}
+    assert collected[0].layout.base_model_name_or_path == str(base)
+
+
+def test_shards_make_the_whole(base, collected, tmp_path):
+    assert collect(base, tasks(), lora(), arguments(tmp_path, shard="1/2")) is None
+    whole = collect(base, tasks(), lora(), arguments(tmp_path, shard="2/2"))
+    assert same(collected[0], whole)
+
+
+def test_finished_tasks_are_skipped_and_unfinished_ones_done_again(base, collected, tmp_path):
+    first = collect(base, tasks()[:2], lora(), arguments(tmp_path))
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
+    (tmp_path / "novel" / "done.json").unlink()
+    (tmp_path / "novel" / "epoch-0003.safetensors").write_bytes(b"half")
+    again = collect(base, tasks(), lora(), arguments(tmp_path))
+    assert same(first, again) and same(collected[0], again)
+    assert all(file.stat().st_mtime_ns == before for file, before in times.items() if "sonnet" in str(file))
+
+
+def test_snapshots_are_read_in_numeric_order(collected, tmp_path):
+    collection, folder = collected
+    work = tmp_path / "sonnet"
+    work.mkdir()
+    (tmp_path / "recipe.json").write_text("{}")
+    (work / "done.json").write_bytes((folder / "sonnet" / "done.json").read_bytes())
+    files = sorted((folder / "sonnet").glob("epoch-*"))
+    (work / "epoch-9.safetensors").write_bytes(files[0].read_bytes())
+    (work / "epoch-10.safetensors").write_bytes(files[1].read_bytes())
+    assert torch.equal(gather(tmp_path, tasks()[:1]).final("sonnet"), collection.final("sonnet"))
+
+
+def test_a_callers_lora_config_is_left_alone(base, tmp_path):
+    config = lora(target_modules="all-linear")
+    collect(base, tasks()[:1], config, arguments(tmp_path, num_train_epochs=1, num_snapshots=1))
+    assert config.target_modules == "all-linear"
+
+
+def test_snapshots_are_adapters_of_peft(collected, base, tmp_path):
+    collection, folder = collected
+    state = load_file(folder / "sonnet" / "epoch-0003.safetensors")
+    assert torch.equal(collection.layout.flatten(state), collection.final("sonnet"))
+    assert isinstance(PeftModel(llama(vocab_size=len(tokenizer())), lora()), PeftModel)
+
+
+class TestRefusals:
+    def test_another_recipe(self, base, collected):
+        with pytest.raises(ValueError, match=r"LoRAs of another recipe: learning_rate was 0\.01, now 0\.5"):
+            collect(base, tasks(), lora(), arguments(collected[1], learning_rate=0.5))
+
+    def test_rank_zero(self, base, tmp_path):
+        config = lora()
+        config.r = 0
+        with pytest.raises(ValueError, match="positive integer, found r=0"):
+            collect(base, tasks(), config, arguments(tmp_path))
+
+    def test_names_that_repeat(self, base, tmp_path):
+        with pytest.raises(ValueError, match="different names"):
+            collect(base, tasks(("a", "a")), lora(), arguments(tmp_path))
+
+    def test_inside_torchrun(self, base, tmp_path, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match="use num_workers or shard"):
+            collect(base, tasks(), lora(), arguments(tmp_path))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"num_snapshots": 9}, "num_snapshots=9 must be between 1 and num_train_epochs=3"),
+            ({"num_workers": 0}, "num_workers=0"),
+            ({"shard": "3/2"}, "shard='3/2' must be 'i/n'"),
+            ({"shard": "two"}, "shard='two' must be 'i/n'"),
+        ],
+    )
+    def test_arguments(self, options, message, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            arguments(tmp_path, **options)
+
+    def test_a_loss_that_explodes_leaves_no_snapshot(self, base, tmp_path):
+        with pytest.raises(ValueError, match="is not finite after epoch"):
+            collect(base, tasks()[:1], lora(), arguments(tmp_path, learning_rate=float("inf")))
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+    def test_two_layouts_in_one_folder(self, base, collected, tmp_path):
+        for name in ("sonnet", "novel"):
+            (tmp_path / name).mkdir()
+            for file in (collected[1] / name).iterdir():
+                (tmp_path / name / file.name).write_bytes(file.read_bytes())
+        (tmp_path / "recipe.json").write_text("{}")
+        done = json.loads((tmp_path / "novel" / "done.json").read_text())
+        done["layout"]["shapes"][0][0] = 7
+        (tmp_path / "novel" / "done.json").write_text(json.dumps(done))
+        with pytest.raises(ValueError, match="Task 'novel' has another layout"):
+            gather(tmp_path, tasks()[:2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_keeps_finished_tasks(base, collected, tmp_path, workers):
+    data = tmp_path / "tasks"
+    data.mkdir()
+    for name, text in zip(("sonnet", "novel", "genesis"), TEXTS, strict=True):
+        (data / f"{name}.txt").write_text(text * (1 if name == "sonnet" else 400))
+    entries = [{"name": n, "descriptions": [f"about {n}"], "train": f"{n}.txt"} for n in ("sonnet", "novel", "genesis")]
+    (data / "tasks.json").write_text(json.dumps({"tasks": entries}))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "peft_icm.cli", "collect", str(base), "--tasks", str(data), "-o", str(out), "--epochs", "3",
+               "--snapshots", "2", "--block-size", "32", "--learning-rate", "0.01", "--num-workers", workers]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    done = tmp_path / "out.work" / "sonnet" / "done.json"
+    for _ in range(1200):
+        if done.is_file() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors[-2000:]
+    assert errors.strip().splitlines()[-1] == "peft-icm: stopped; what was finished is kept."
+    assert done.is_file() and not (tmp_path / "out.work" / "genesis" / "done.json").exists()
+    assert not out.exists() and not list((tmp_path / "out.work").rglob("*.part"))
+    assert isinstance(gather(tmp_path / "out.work", tasks()[:1]), AdapterCollection)
