@@ -9,9 +9,11 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -245,16 +247,20 @@ def _spread(base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, arg
         for i in range(count)
     ]
     try:
-        # Workers inherit that Ctrl-C is ignored: it is for this process, which ends them.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Workers inherit the blocked Ctrl-C: it is for this process, which ends them. Starting the tracker would unblock it.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         for worker in workers:
             worker.start()
-        signal.signal(signal.SIGINT, handler)
-        for worker in workers:
-            worker.join()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        with tqdm(total=len(tasks), desc="collecting", unit="task") as bar:
+            while alive := [worker for worker in workers if worker.is_alive()]:
+                alive[0].join(0.5)
+                bar.update(sum((Path(args.output_dir) / task.name / DONE).is_file() for task in tasks) - bar.n)
     finally:
-        for worker in workers:
+        for worker in filter(lambda worker: worker.is_alive(), workers):
             worker.terminate()
+            worker.join()
     if failed := [worker.exitcode for worker in workers if worker.exitcode]:
         raise RuntimeError(f"{len(failed)} of {count} workers failed (exit code {failed[0]}); finished tasks are kept in {args.output_dir}.")
 
@@ -266,10 +272,11 @@ def _work(
         return
     if threads:
         torch.set_num_threads(threads)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an orderly end: semaphores are released
     config = AutoConfig.from_pretrained(base_model)
     base = getattr(transformers, config.architectures[0]).from_pretrained(base_model, dtype=args.dtype)
     processor = AutoProcessor.from_pretrained(base_model)
-    for task in tqdm(tasks, desc="collecting", unit="task"):
+    for task in tqdm(tasks, desc="collecting", unit="task", disable=threads is not None):
         base = _train(base, processor, task, lora_config, args)
 
 
