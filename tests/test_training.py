@@ -1,0 +1,229 @@
+"""ICMTrainer on small real collections: learning, episodes, resume, two processes, logs, card."""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import florence_layout, generator, llama_layout
+
+from peft_icm import AdapterCollection, ICMConfig, ICMGenerator, ICMTrainer, ICMTrainingArguments
+from peft_icm.training import EpisodeDataset, EpisodeSampler, held_out_mask
+
+LAYOUTS = {"llama": llama_layout, "florence": florence_layout}
+
+
+def tiny_collection(layout="llama", tasks=3, snapshots=10, dim=8):
+    """Tasks as points, snapshots as short noisy walks around them: what a collection looks like."""
+    layout = LAYOUTS[layout]()
+    draw = torch.Generator().manual_seed(0)
+    names = [f"task{index}" for index in range(tasks)]
+    walk = torch.randn(2, layout.numel, generator=draw)
+    state = {
+        name: torch.randn(layout.numel, generator=draw) + 0.5 * torch.randn(snapshots, 2, generator=draw) @ walk for name in names
+    }
+    vectors = {name: torch.nn.functional.normalize(torch.randn(dim, generator=draw) + 0.1 * torch.randn(4, dim, generator=draw)) for name in names}
+    return AdapterCollection(layout, state, {name: [f"about {name}"] for name in names}, vectors)
+
+
+def arguments(folder, **kwargs):
+    options = {"num_train_epochs": 30, "per_device_train_batch_size": 12, "logging_steps": 10, "save_strategy": "no", "use_cpu": True}
+    return ICMTrainingArguments(str(folder), **{**options, **kwargs})
+
+
+def config(**kwargs):
+    return ICMConfig(**{"latent_size": 4, "hidden_size": 32, "num_components": 6, **kwargs})
+
+
+def weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.generator.state_dict().items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("architecture", ["principal", "paper"])
+def test_learns_and_says_so(architecture, layout, tmp_path):
+    epochs = 60 if architecture == "principal" else 4
+    options = {"num_conv_layers": 3} if architecture == "paper" else {}
+    args = arguments(tmp_path, num_train_epochs=epochs, logging_steps=2)
+    trainer = ICMTrainer(tiny_collection(layout), config(architecture=architecture, **options), args)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_mse"] < before["eval_mse"] and after["eval_loss"] < before["eval_loss"]
+    names = {"eval_kl", "eval_active_units", "eval_variance_explained", "eval_mse", "eval_prior_mse", "eval_zero_mse"}
+    assert names <= set(after)
+    assert any({"kl", "mse"} <= set(entry) for entry in trainer.state.log_history)
+    if architecture == "principal":
+        assert after["eval_variance_explained"] > 0.5
+        assert after["eval_kl"] > 1 and after["eval_mse"] < after["eval_zero_mse"]
+
+
+def test_a_generator_has_what_the_collection_says(tmp_path):
+    collection = tiny_collection()
+    collection.encoder = {"kind": "sentence", "checkpoint": "org/encoder", "dim": 8, "sha256": "1"}
+    trainer = ICMTrainer(collection, config(), arguments(tmp_path, num_train_epochs=1))
+    model = trainer.generator
+    assert model.layout == collection.layout and model.config.encoder == collection.encoder
+    assert [task["name"] for task in model.config.tasks] == collection.tasks and model.config.condition_dim == 8
+    train = torch.cat([rows[~held_out_mask(10, 0.2)] for rows in collection.snapshots.values()])
+    expected = [part.mean() for part in train.split(model.layout.sizes, dim=1)]
+    torch.testing.assert_close(model.statistics.mean, torch.stack(expected))
+
+
+class TestEpisodes:
+    @pytest.fixture
+    def data(self, tmp_path):
+        collection = tiny_collection()
+        uneven = [collection.snapshots["task0"], collection.snapshots["task1"][:3], collection.snapshots["task2"]]
+        return EpisodeDataset(uneven, list(collection.task_vectors.values()), arguments(tmp_path), 4, 6)
+
+    def test_tasks_are_balanced_and_every_snapshot_is_seen(self, data):
+        keys = list(EpisodeSampler(data))
+        for start in range(0, len(keys), 3):
+            assert {task for _, _, task, _ in keys[start : start + 3]} == {0, 1, 2}
+        assert {(task, index) for _, _, task, index in keys} == {(t, i) for t, n in enumerate((10, 3, 10)) for i in range(n)}
+
+    def test_conditions_are_drawn_anew_in_every_epoch(self, data):
+        again, other = data[0, 5, 1, 2], data[1, 5, 1, 2]
+        assert torch.equal(again["condition"], data[0, 5, 1, 2]["condition"])
+        assert torch.equal(again["parameters"], other["parameters"])
+        assert not torch.allclose(again["condition"], other["condition"])
+
+    def test_the_own_pair_is_hidden_in_half_of_the_episodes_and_in_whole_ones(self, data):
+        hidden = [[int(data[epoch, position, 2, 0]["hidden_tasks"]) for position in range(6)] for epoch in range(200)]
+        assert all(len(set(episode)) == 1 for episode in hidden)
+        assert 0.35 < sum(episode[0] == 2 for episode in hidden) / 200 < 0.65
+
+    def test_evaluation_is_the_same_every_time_and_hides_nothing(self, data):
+        sampler = EpisodeSampler(data, evaluate=True)
+        sampler.set_epoch(7)
+        keys = list(sampler)
+        assert len(keys) == 23 and all(int(data[key]["hidden_tasks"]) == -1 for key in keys)
+        assert torch.allclose(data[keys[0]]["condition"].norm(), torch.ones(()))
+
+
+def test_the_context_can_be_ablated(tmp_path):
+    with_context = ICMTrainer(tiny_collection(), config(), arguments(tmp_path, num_train_epochs=4))
+    without = ICMTrainer(tiny_collection(), config(context=False), arguments(tmp_path, num_train_epochs=4))
+    with_context.train()
+    without.train()
+    assert without.generator.context is None
+    context = with_context.generator.context
+    assert context.output.weight.abs().max() > 0 and context.latents.abs().max() > 0
+    vectors = torch.stack([rows.mean(0) for rows in tiny_collection().task_vectors.values()])
+    torch.testing.assert_close(context.conditions, with_context.generator.statistics.normalize_condition(vectors))
+
+
+def test_resume_is_exact(tmp_path):
+    options = {"num_train_epochs": 6, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "cosine"}
+    whole = ICMTrainer(tiny_collection(), config(), arguments(tmp_path / "a", **options))
+    whole.train()
+    checkpoints = sorted(Path(tmp_path / "a").glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    assert len(checkpoints) >= 2
+    resumed = ICMTrainer(tiny_collection(), config(), arguments(tmp_path / "b", **options))
+    resumed.train(resume_from_checkpoint=str(checkpoints[0]))
+    expected = weights(whole)
+    for name, tensor in weights(resumed).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_loss_of_one(tmp_path):
+    results = []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for processes, batch in ((1, 12), (2, 6)):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+        command += [str(Path(__file__).parent / "ddp_train.py"), str(folder), str(batch)]
+        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr[-3000:]
+        results.append(json.loads((folder / "result.json").read_text()))
+    one, two = results
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["losses"] == pytest.approx(one["losses"], rel=2e-3, abs=2e-3)
+
+
+def test_early_stop(tmp_path):
+    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "eval_mse"}
+    args = arguments(tmp_path, num_train_epochs=200, learning_rate=0.5, early_stopping_patience=2, **options)
+    trainer = ICMTrainer(tiny_collection(), config(), args)
+    trainer.train()
+    assert trainer.state.epoch < 100
+
+
+def test_bf16(tmp_path):
+    trainer = ICMTrainer(tiny_collection(), config(), arguments(tmp_path, bf16=True))
+    before = trainer.evaluate()["eval_mse"]
+    trainer.train()
+    assert trainer.evaluate()["eval_mse"] < before
+    assert all(tensor.dtype == torch.float32 for tensor in trainer.generator.state_dict().values())
+
+
+def test_a_collapsed_posterior_is_logged(tmp_path, caplog):
+    trainer = ICMTrainer(tiny_collection(), config(architecture="paper", num_conv_layers=2, kl_weight=100.0), arguments(tmp_path, learning_rate=3e-3))
+    with caplog.at_level(logging.WARNING, logger="peft_icm.training"):
+        trainer.train()
+    assert "posterior has collapsed" in caplog.text
+
+
+def test_the_kl_weight_rises(tmp_path):
+    trainer = ICMTrainer(tiny_collection(), config(kl_weight=1.0), arguments(tmp_path, kl_warmup_ratio=0.5))
+    trainer.state.max_steps = 100
+    inputs = next(iter(trainer.get_train_dataloader()))
+    losses = []
+    for step in (0, 25, 50, 100):
+        trainer.state.global_step = step
+        loss, outputs = trainer.compute_loss(trainer.model.train(), inputs, return_outputs=True)
+        losses.append(float(loss - outputs.reconstruction_loss) / float(outputs.kl_loss))
+    assert losses == pytest.approx([0, 0.5, 1, 1], abs=1e-3)
+
+
+def test_pushes_with_our_card(hub, token, tmp_path):
+    args = arguments(tmp_path, num_train_epochs=2, hub_model_id="org/trained", hub_token=token)
+    trainer = ICMTrainer(tiny_collection(), config(), args)
+    trainer.train()
+    trainer.push_to_hub()
+    repo = hub.repos["models", "org/trained"]
+    card = repo.files()["README.md"].decode()
+    assert "library_name: peft_icm" in card and "Trainer" not in card.replace("ICMTrainer", "")
+    assert "variance explained" in card and "| snapshots trained on | 24 |" in card
+    assert [message for message in repo.log if message != "initial commit"] == ["End of training"]
+    trainer.create_model_card()
+    assert "peft_icm" in (tmp_path / "README.md").read_text()
+
+
+class TestRefusals:
+    def test_no_task_vectors(self):
+        collection = tiny_collection()
+        collection.task_vectors = {}
+        with pytest.raises(ValueError, match=r"no task vectors for 'task0': call collection\.encode"):
+            ICMTrainer(collection)
+
+    def test_another_layout(self, tmp_path):
+        with pytest.raises(ValueError, match="they must be one"):
+            ICMTrainer(tiny_collection(), generator(florence_layout()), arguments(tmp_path))
+
+    @pytest.mark.parametrize("options", [{"max_handful": 0}, {"held_out": 1.0}, {"leave_out_rate": -0.1}, {"kl_warmup_ratio": 1.5}])
+    def test_arguments(self, options, tmp_path):
+        ((name, value),) = options.items()
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            arguments(tmp_path, **options)
+
+
+def test_a_trained_generator_saves_and_loads(tmp_path):
+    trainer = ICMTrainer(tiny_collection(), config(), arguments(tmp_path / "t", num_train_epochs=3))
+    trainer.train()
+    trainer.generator.save_pretrained(tmp_path / "g")
+    loaded = ICMGenerator.from_pretrained(tmp_path / "g")
+    for name, tensor in trainer.generator.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert loaded.config.training["steps"] == trainer.state.global_step
