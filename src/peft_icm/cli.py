@@ -66,7 +66,7 @@ def collect_(args: argparse.Namespace) -> dict[str, Any]:
         lr_scheduler_type=args.lr_scheduler_type,
         per_device_train_batch_size=args.batch_size,
         dtype=args.dtype,
-        dataset_kwargs={"block_size": args.block_size, "max_blocks": args.max_blocks},
+        dataset_kwargs={"block_size": args.block_size, "blocks_per_epoch": args.blocks_per_epoch},
         seed=args.seed,
         num_workers=args.num_workers,
         shard=args.shard,
@@ -203,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=int, default=8, help="blocks in a batch")
     p.add_argument("--dtype", default="float32", help="dtype of the frozen base")
     p.add_argument("--block-size", type=int, default=256, help="tokens in a block")
-    p.add_argument("--max-blocks", type=int, default=None, help="use at most so many blocks of each task")
+    p.add_argument("--blocks-per-epoch", type=int, default=None, help="blocks in an epoch, drawn anew in each; by default all, once")
     p.add_argument("--seed", type=int, default=0, help="one seed of A and B for all tasks")
     p.add_argument("--num-workers", type=int, default=1, help="processes that the tasks are spread over")
     p.add_argument("--shard", default=None, help="i/n: only the i-th of n parts of the tasks, for array jobs")

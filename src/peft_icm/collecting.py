@@ -64,7 +64,7 @@ class CollectingArguments:
         lr_scheduler_type (`str`, defaults to `"constant_with_warmup"`): Schedule; warm-up takes 5 % of the steps.
         per_device_train_batch_size (`int`, defaults to 8): Batch of one worker.
         dtype (`str`, defaults to `"float32"`): dtype of the frozen base; the LoRA is trained in fp32.
-        dataset_kwargs (`dict`): For `task.train_dataset`, e.g. `{"block_size": 256, "max_blocks": 80}`.
+        dataset_kwargs (`dict`): For `task.train_dataset`, e.g. `{"block_size": 256, "blocks_per_epoch": 80}`.
         seed (`int`, defaults to 0): One seed for A, B and the order of the data, the same for all tasks.
         num_workers (`int`, defaults to 1): Processes that the tasks are spread over.
         shard (`str`, *optional*): `"i/n"` with 1 <= i <= n: only the i-th of n parts of the tasks, for array jobs on one file system.

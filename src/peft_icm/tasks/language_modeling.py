@@ -19,16 +19,23 @@ DOCUMENT_SEPARATOR = "\n\x00\n"
 
 
 class TokenBlocks(Dataset[dict[str, Tensor]]):
-    """`[N, block_size]` packed tokens as `input_ids` and `labels`."""
+    """Packed tokens as `input_ids` and `labels`.
 
-    def __init__(self, blocks: Tensor):
-        self.blocks = blocks
+    Args:
+        blocks (`Tensor`): `[N, block_size]`.
+        blocks_per_epoch (`int`, *optional*): An epoch is so many blocks, drawn anew from all N with torch's global generator; by default
+            it is each block once.
+    """
+
+    def __init__(self, blocks: Tensor, blocks_per_epoch: int | None = None):
+        self.blocks, self.blocks_per_epoch = blocks, blocks_per_epoch
 
     def __len__(self) -> int:
-        return len(self.blocks)
+        return self.blocks_per_epoch or len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
+        row = self.blocks[int(torch.randint(len(self.blocks), ())) if self.blocks_per_epoch else index]
+        return {"input_ids": row, "labels": row}
 
 
 @dataclass
@@ -58,13 +65,13 @@ class LanguageModelingTask:
     test_texts: list[str]
     unseen_descriptions: list[str] = field(default_factory=list)
 
-    def train_dataset(self, tokenizer: Any, block_size: int = 256, max_blocks: int | None = None) -> TokenBlocks:
+    def train_dataset(self, tokenizer: Any, block_size: int = 256, blocks_per_epoch: int | None = None) -> TokenBlocks:
         """Pack the training documents, each between BOS and EOS where the tokenizer has them, into blocks.
 
         Args:
             tokenizer (`PreTrainedTokenizerBase`): Of the base model.
             block_size (`int`, defaults to 256): Tokens in a block; the short tail is dropped.
-            max_blocks (`int`, *optional*): At most so many blocks, spread evenly over the text.
+            blocks_per_epoch (`int`, *optional*): Blocks in an epoch, drawn anew from the whole text in each; by default each block once.
 
         Returns:
             [`TokenBlocks`]
@@ -80,10 +87,7 @@ class LanguageModelingTask:
         count = len(ids) // block_size
         if count == 0:
             raise ValueError(f"Task {self.name!r} has {len(ids)} training tokens, less than one block of {block_size}.")
-        blocks = torch.tensor(ids[: count * block_size]).view(count, block_size)
-        if max_blocks is not None and count > max_blocks:
-            blocks = blocks[torch.linspace(0, count - 1, max_blocks).long()]
-        return TokenBlocks(blocks)
+        return TokenBlocks(torch.tensor(ids[: count * block_size]).view(count, block_size), blocks_per_epoch)
 
 
 def load_tasks(folder: str | Path) -> list[LanguageModelingTask]:
