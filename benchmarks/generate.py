@@ -33,7 +33,9 @@ SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 3
            "vocab_size": 49152}  # fmt: skip
 
 
-def seconds(variants: dict[str, Callable[[], object]], repeats: int, after: Callable[[str], object] = lambda name: None) -> dict[str, float]:
+def seconds(
+    variants: dict[str, Callable[[], object]], repeats: int, after: Callable[[str], object] = lambda name: None
+) -> dict[str, float]:
     """The median of each, the variants taken in turn; `after` undoes what one did, outside the clock."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 2):

@@ -46,7 +46,9 @@ class Clock(TrainerCallback):
         control.should_training_stop = self.spent > self.limit
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        self.curve.append({"seconds": self.spent, "steps": state.global_step, **{k: metrics[f"eval_{k}"] for k in ("mse", "prior_mse", "kl")}})
+        self.curve.append(
+            {"seconds": self.spent, "steps": state.global_step, **{k: metrics[f"eval_{k}"] for k in ("mse", "prior_mse", "kl")}}
+        )
 
 
 def run(collection: AdapterCollection, architecture: str, rate: float, limit: float, evaluations: int, epochs: int) -> Clock:

@@ -187,9 +187,7 @@ def fetch(build: Path) -> None:
                 "licence": domain.licence,
             }
         )
-        print(
-            f"{domain.name}: {len(train)} documents, {sum(map(len, train)):,} characters; test {len(test)}, {sum(map(len, test)):,}"
-        )
+        print(f"{domain.name}: {len(train)} documents, {sum(map(len, train)):,} characters; test {len(test)}, {sum(map(len, test)):,}")
     _write_json({"tasks": tasks}, text / "tasks.json")
     _write_json(sources, text / "domains.json")
 

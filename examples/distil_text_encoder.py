@@ -138,7 +138,10 @@ def main() -> None:
         if step % 400 == 399 or step == STEPS - 1:
             with torch.no_grad():
                 test = torch.arange(train, train + held)
-                print(f"step {step + 1}: loss {loss:.4f}, held-out cosine {(embed(test) * targets[test]).sum(1).mean():.4f}", flush=True)
+                print(
+                    f"step {step + 1}: loss {loss:.4f}, held-out cosine {(embed(test) * targets[test]).sum(1).mean():.4f}",
+                    flush=True,
+                )
             weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in student.state_dict().items()}
             save_file(weights, folder / "open_clip_model.safetensors.part")
             (folder / "open_clip_model.safetensors.part").replace(folder / "open_clip_model.safetensors")

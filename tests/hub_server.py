@@ -213,7 +213,8 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             return self.fail(404, "RevisionNotFound")
         entries = [
-            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()} for path, content in files.items()
+            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for path, content in files.items()
         ]
         self.answer(entries)
 

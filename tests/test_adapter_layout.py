@@ -53,7 +53,12 @@ class TestBothBases:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(r=st.integers(1, 5), layers=st.integers(1, 12), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), seed=st.integers(0, 9))
+@given(
+    r=st.integers(1, 5),
+    layers=st.integers(1, 12),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 9),
+)
 def test_every_bit_survives_in_every_dtype(r, layers, dtype, seed):
     layout = AdapterLayout.from_peft_model(llama_lora(r, layers, dtype))
     assert layout.torch_dtype == dtype
@@ -74,12 +79,15 @@ def test_layers_stand_in_numeric_order(tmp_path):
 
 def test_llama_3_8b_has_851968_parameters_at_rank_2():
     config = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
     )
     with torch.device("meta"):
-        model = get_peft_model(
-            LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        )
+        model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     assert AdapterLayout.from_peft_model(model).numel == 851_968
 
 
@@ -91,9 +99,7 @@ def test_florence_2_base_has_the_papers_241241_parameters_at_rank_1(vocab_size, 
     }  # fmt: skip
     config = Florence2Config(vision_config={"projection_dim": 768}, text_config=text)
     with torch.device("meta"):
-        model = get_peft_model(
-            Florence2ForConditionalGeneration(config), LoraConfig(r=1, target_modules=FLORENCE_TARGETS, task_type=None)
-        )
+        model = get_peft_model(Florence2ForConditionalGeneration(config), LoraConfig(r=1, target_modules=FLORENCE_TARGETS, task_type=None))
     assert AdapterLayout.from_peft_model(model).numel == numel
 
 

@@ -87,9 +87,7 @@ class TestBaseModels:
 
     def test_a_folder_is_loaded_with_its_kwargs(self, tmp_path, vector):
         llama().save_pretrained(tmp_path)
-        model = generator().generate_adapter(
-            task_vector=vector, base_model=tmp_path, base_model_kwargs={"dtype": torch.bfloat16}
-        )
+        model = generator().generate_adapter(task_vector=vector, base_model=tmp_path, base_model_kwargs={"dtype": torch.bfloat16})
         assert model.get_base_model().dtype == torch.bfloat16
         assert model(torch.arange(4)[None]).logits.isfinite().all()
 

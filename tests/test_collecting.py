@@ -69,7 +69,11 @@ def test_tasks_differ_and_start_from_one_seed(collected):
 def test_the_metadata_tells_how(collected, base):
     metadata = collected[0].metadata
     assert metadata["num_train_epochs"] == 3 and metadata["lora"]["r"] == 2 and metadata["seed"] == 0
-    assert set(metadata["versions"]) == {"torch", "transformers", "peft"} and set(metadata["train_loss"]) == {"sonnet", "novel", "genesis"}
+    assert set(metadata["versions"]) == {"torch", "transformers", "peft"} and set(metadata["train_loss"]) == {
+        "sonnet",
+        "novel",
+        "genesis",
+    }
     assert collected[0].layout.base_model_name_or_path == str(base)
 
 

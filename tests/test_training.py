@@ -24,15 +24,21 @@ def tiny_collection(layout="llama", tasks=3, snapshots=10, dim=8):
     draw = torch.Generator().manual_seed(0)
     names = [f"task{index}" for index in range(tasks)]
     walk = torch.randn(2, layout.numel, generator=draw)
-    state = {
-        name: torch.randn(layout.numel, generator=draw) + 0.5 * torch.randn(snapshots, 2, generator=draw) @ walk for name in names
+    state = {name: torch.randn(layout.numel, generator=draw) + 0.5 * torch.randn(snapshots, 2, generator=draw) @ walk for name in names}
+    vectors = {
+        name: torch.nn.functional.normalize(torch.randn(dim, generator=draw) + 0.1 * torch.randn(4, dim, generator=draw)) for name in names
     }
-    vectors = {name: torch.nn.functional.normalize(torch.randn(dim, generator=draw) + 0.1 * torch.randn(4, dim, generator=draw)) for name in names}
     return AdapterCollection(layout, state, {name: [f"about {name}"] for name in names}, vectors)
 
 
 def arguments(folder, **kwargs):
-    options = {"num_train_epochs": 30, "per_device_train_batch_size": 12, "logging_steps": 10, "save_strategy": "no", "use_cpu": True}
+    options = {
+        "num_train_epochs": 30,
+        "per_device_train_batch_size": 12,
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "use_cpu": True,
+    }
     return ICMTrainingArguments(str(folder), **{**options, **kwargs})
 
 
@@ -142,7 +148,17 @@ def test_two_processes_have_the_loss_of_one(tmp_path):
         folder = tmp_path / str(processes)
         folder.mkdir()
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "--master_addr",
+            "127.0.0.1",
+            "--master_port",
+            str(port),
+        ]
         command += [str(Path(__file__).parent / "ddp_train.py"), str(folder), str(batch)]
         run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stderr[-3000:]
@@ -153,7 +169,12 @@ def test_two_processes_have_the_loss_of_one(tmp_path):
 
 
 def test_early_stop(tmp_path):
-    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "eval_mse"}
+    options = {
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_mse",
+    }
     args = arguments(tmp_path, num_train_epochs=200, learning_rate=0.5, early_stopping_patience=2, **options)
     trainer = ICMTrainer(tiny_collection(), config(), args)
     trainer.train()
@@ -169,7 +190,9 @@ def test_bf16(tmp_path):
 
 
 def test_a_collapsed_posterior_is_logged(tmp_path, caplog):
-    trainer = ICMTrainer(tiny_collection(), config(architecture="paper", num_conv_layers=2, kl_weight=100.0), arguments(tmp_path, learning_rate=3e-3))
+    trainer = ICMTrainer(
+        tiny_collection(), config(architecture="paper", num_conv_layers=2, kl_weight=100.0), arguments(tmp_path, learning_rate=3e-3)
+    )
     with caplog.at_level(logging.WARNING, logger="peft_icm.training"):
         trainer.train()
     assert "posterior has collapsed" in caplog.text

@@ -101,7 +101,7 @@ class AdapterLayout:
             raise ValueError(f"Expected a peft.PeftModel, got {type(model).__name__}. Wrap the base with get_peft_model first.")
         if adapter_name not in model.peft_config:
             raise ValueError(f"No adapter named {adapter_name!r}: the model has {sorted(model.peft_config)}.")
-        config = model.peft_config[adapter_name]
+        config: Any = model.peft_config[adapter_name]
         base = model.get_base_model()
         state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         layout = cls.from_state_dict(state_dict, config, base_model_class=type(base).__name__)
@@ -110,9 +110,7 @@ class AdapterLayout:
         return cls(**{**layout._fields(), "base_model_name_or_path": name, "revision": revision})
 
     @classmethod
-    def from_state_dict(
-        cls, state_dict: Mapping[str, Tensor], config: LoraConfig, *, base_model_class: str | None = None
-    ) -> AdapterLayout:
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor], config: LoraConfig, *, base_model_class: str | None = None) -> AdapterLayout:
         """Derive the layout from the tensors of an adapter and its configuration.
 
         Args:
@@ -267,9 +265,7 @@ class AdapterLayout:
         if tuple(vector.shape) != (self.numel,):
             raise ValueError(f"Expected a vector of shape ({self.numel},), found {tuple(vector.shape)}.")
         parts = vector.to(self.torch_dtype).split(self.sizes)
-        return {
-            key: part.reshape(shape).clone() for key, shape, part in zip(self.keys, self.shapes, parts, strict=True)
-        }
+        return {key: part.reshape(shape).clone() for key, shape, part in zip(self.keys, self.shapes, parts, strict=True)}
 
     def _check(self, state_dict: Mapping[str, Tensor]) -> None:
         for key, shape in zip(self.keys, self.shapes, strict=True):

@@ -89,9 +89,9 @@ def attach(
         raise ValueError(f"The adapter holds {int((~torch.isfinite(vector)).sum())} NaN or infinite values of {layout.numel}.")
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name={adapter_name!r} must be a non-empty string without dots.")
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     taken = isinstance(model, PeftModel) and adapter_name in model.peft_config
-    if taken:
+    if isinstance(model, PeftModel) and taken:
         _check_same_layout(model, layout, adapter_name)
     else:
         layout.check_base(base)
@@ -99,7 +99,7 @@ def attach(
     config = layout.lora_config()
     config.inference_mode = not is_trainable
     config.base_model_name_or_path = base.name_or_path or layout.base_model_name_or_path
-    if taken:
+    if isinstance(model, PeftModel) and taken:
         model.peft_config[adapter_name].inference_mode = not is_trainable
         with torch.no_grad():
             for key, value in state_dict.items():
@@ -120,7 +120,7 @@ def _fill(model: PeftModel, base: nn.Module, state_dict: Mapping[str, Tensor], a
     """Replace the meta tensors of a fresh injection, each on its module's own device."""
     devices = {name: module.weight.device for name, module in base.named_modules() if hasattr(module, "base_layer")}
     placed = {key: value.to(devices[key.removeprefix(PREFIX).rsplit(".lora_", 1)[0]]) for key, value in state_dict.items()}
-    outcome = set_peft_model_state_dict(model, placed, adapter_name=adapter_name, low_cpu_mem_usage=True)
+    outcome: Any = set_peft_model_state_dict(model, placed, adapter_name=adapter_name, low_cpu_mem_usage=True)
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta and f".{adapter_name}" in name]
     if outcome.unexpected_keys or empty:
         raise RuntimeError(f"peft left {empty[:1] or outcome.unexpected_keys[:1]} unfilled: please report this layout.")
@@ -133,8 +133,9 @@ def _parameter_name(key: str, adapter_name: str) -> str:
 
 def _check_same_layout(model: PeftModel, layout: AdapterLayout, adapter_name: str) -> None:
     """Refuse to swap values into an adapter of another layout, in time proportional to the adapter."""
+    config: Any = model.peft_config[adapter_name]
     action = "Choose another adapter_name or delete_adapter it first."
-    if not same_function(model.peft_config[adapter_name], layout):
+    if not same_function(config, layout):
         raise ValueError(f"The adapter {adapter_name!r} is there with another LoRA configuration. {action}")
     for key, shape in zip(layout.keys, layout.shapes, strict=True):
         try:

@@ -130,7 +130,13 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     folder = save_adapter(model, args.output)
     _say(args, f"{folder}: {generator.layout.numel:,} numbers for {model.peft_config['default'].base_model_name_or_path}")
     base = model.peft_config["default"].base_model_name_or_path
-    return {"adapter": str(folder.resolve()), "base_model": base, "text": args.text, "seed": args.seed, "numel": generator.layout.numel}
+    return {
+        "adapter": str(folder.resolve()),
+        "base_model": base,
+        "text": args.text,
+        "seed": args.seed,
+        "numel": generator.layout.numel,
+    }
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -48,8 +48,9 @@ class Task(Protocol):
     name: str
     descriptions: list[str]
 
-    def train_dataset(self, processor: Any, **kwargs: Any) -> Any:
-        """A map-style data set of model inputs with labels."""
+    @property
+    def train_dataset(self) -> Callable[..., Any]:
+        """`train_dataset(processor, **dataset_kwargs)`: a map-style data set of model inputs with labels."""
 
 
 @dataclass
@@ -234,7 +235,9 @@ def _check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     found = json.loads(file.read_text())
     for name, value in recipe.items():
         if found.get(name) != value:
-            raise ValueError(f"{folder} holds LoRAs of another recipe: {name} was {found.get(name)!r}, now {value!r}. Choose another folder.")
+            raise ValueError(
+                f"{folder} holds LoRAs of another recipe: {name} was {found.get(name)!r}, now {value!r}. Choose another folder."
+            )
 
 
 def _spread(base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, args: CollectingArguments) -> None:
@@ -243,8 +246,7 @@ def _spread(base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, arg
     count = min(args.num_workers, len(tasks))
     threads = max(1, torch.get_num_threads() // count)
     workers = [
-        context.Process(target=_work, args=(base_model, tasks[i::count], lora_config, args, threads), daemon=True)
-        for i in range(count)
+        context.Process(target=_work, args=(base_model, tasks[i::count], lora_config, args, threads), daemon=True) for i in range(count)
     ]
     try:
         # Workers inherit the blocked Ctrl-C: it is for this process, which ends them. Starting the tracker would unblock it.
@@ -262,12 +264,12 @@ def _spread(base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, arg
             worker.terminate()
             worker.join()
     if failed := [worker.exitcode for worker in workers if worker.exitcode]:
-        raise RuntimeError(f"{len(failed)} of {count} workers failed (exit code {failed[0]}); finished tasks are kept in {args.output_dir}.")
+        raise RuntimeError(
+            f"{len(failed)} of {count} workers failed (exit code {failed[0]}); finished tasks are kept in {args.output_dir}."
+        )
 
 
-def _work(
-    base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, args: CollectingArguments, threads: int | None = None
-) -> None:
+def _work(base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, args: CollectingArguments, threads: int | None = None) -> None:
     if not tasks:
         return
     if threads:

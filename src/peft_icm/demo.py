@@ -50,6 +50,7 @@ def run_demo(output: str | Path, *, quiet: bool = False) -> dict[str, Any]:
     temporary.write_text(json.dumps(result, indent=1))
     os.replace(temporary, folder / "demo.json")
     say(evaluation.table())
-    say(f"\nown: the LoRA that was trained for the task. Seeds {evaluation.seeds}; {evaluation.seconds:.0f} s. Also in {folder}/demo.json and demo.png.")
+    say(f"\nown: the LoRA that was trained for the task. Seeds {evaluation.seeds}; {evaluation.seconds:.0f} s.")
+    say(f"Also in {folder}/demo.json and demo.png.")
     say(f'Load the adapter without peft_icm: PeftModel.from_pretrained(base, "{adapter}")')
     return result

@@ -89,7 +89,12 @@ class Evaluation:
         columns = ["own", *self.variants]
         for index, name in enumerate(columns):
             gains = [row["base"].nats_per_token - row[name].nats_per_token for row in self.scores.values()]
-            axes.bar([x + (index - len(columns) / 2) / (len(columns) + 1) for x in range(len(gains))], gains, 1 / (len(columns) + 1), label=name)
+            axes.bar(
+                [x + (index - len(columns) / 2) / (len(columns) + 1) for x in range(len(gains))],
+                gains,
+                1 / (len(columns) + 1),
+                label=name,
+            )
         axes.set_xticks(range(len(self.scores)), list(self.scores), rotation=40, ha="right")
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_ylabel("gain over the base (nats per token)")

@@ -30,9 +30,7 @@ class AdapterMixin:
     _source: dict[str, Any]  # where from_pretrained found the generator
     _lazy: dict[str, Any]  # the encoder and the base, once loaded; a dict keeps them out of the generator's own modules
 
-    def sample(
-        self, condition: Tensor, num_samples: int = 1, generator: Generators = None, temperature: float = 1.0
-    ) -> Tensor:
+    def sample(self, condition: Tensor, num_samples: int = 1, generator: Generators = None, temperature: float = 1.0) -> Tensor:
         """Implemented by the generator."""
         raise NotImplementedError
 
@@ -59,9 +57,7 @@ class AdapterMixin:
             )
         self._lazy["encoder"] = encoder
 
-    def task_vector(
-        self, text: str | None = None, *, examples: Sequence[str] | None = None, task_vector: Tensor | None = None
-    ) -> Tensor:
+    def task_vector(self, text: str | None = None, *, examples: Sequence[str] | None = None, task_vector: Tensor | None = None) -> Tensor:
         """The task vector of exactly one of a sentence, examples of the task, or a vector.
 
         Args:
@@ -153,9 +149,7 @@ class AdapterMixin:
         )
         model = self._base_for(base_model, base_model_kwargs)
         facts = self._facts(text, temperature, generator)
-        return attach(
-            model, self.layout, state_dict, adapter_name=adapter_name, is_trainable=is_trainable, provenance=facts
-        )
+        return attach(model, self.layout, state_dict, adapter_name=adapter_name, is_trainable=is_trainable, provenance=facts)
 
     def generate_adapters(
         self,

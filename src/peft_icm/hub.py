@@ -72,7 +72,7 @@ def resolve(
             repo_type=repo_type,
             revision=revision,
             token=token,
-            cache_dir=cache_dir,
+            cache_dir=Path(cache_dir) if cache_dir else None,
             local_files_only=local_files_only,
             allow_patterns=list(allow_patterns) if allow_patterns else None,
         )
@@ -83,7 +83,9 @@ def resolve(
     except LocalEntryNotFoundError as error:
         raise OSError(f"{name} is not in the local cache, and the Hub was not asked or did not answer: check the connection.") from error
     except RepositoryNotFoundError as error:
-        raise OSError(f"{name} is neither a folder nor a {repo_type} repo that you may read: check the spelling, or pass token=.") from error
+        raise OSError(
+            f"{name} is neither a folder nor a {repo_type} repo that you may read: check the spelling, or pass token=."
+        ) from error
     return Path(path)
 
 
@@ -179,9 +181,11 @@ def generator_card(config: ICMConfig, *, repo_id: str, folder: str | os.PathLike
     base = f"`{BASE_FOLDER}/` of this repo" if config.base_model_subfolder else layout.base_model_name_or_path
     adapter_bytes = layout.numel * getattr(torch, layout.dtype).itemsize
     encoder = config.encoder or {}
-    travelling = [Path(folder) / "model.safetensors", *(Path(folder) / encoder["folder"]).rglob("*")] if encoder.get("folder") else [
-        Path(folder) / "model.safetensors"
-    ]
+    travelling = (
+        [Path(folder) / "model.safetensors", *(Path(folder) / encoder["folder"]).rglob("*")]
+        if encoder.get("folder")
+        else [Path(folder) / "model.safetensors"]
+    )
     generator_bytes = sum(file.stat().st_size for file in travelling if file.is_file())
     metrics = training.get("metrics") or []
     accepts = _accepts(encoder)

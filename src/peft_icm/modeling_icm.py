@@ -172,9 +172,7 @@ class ICMGenerator(AdapterMixin, PreTrainedModel):
             self.context.latents[index] = mean.mean(0)
 
     @torch.no_grad()
-    def sample(
-        self, condition: Tensor, num_samples: int = 1, generator: Generators = None, temperature: float = 1.0
-    ) -> Tensor:
+    def sample(self, condition: Tensor, num_samples: int = 1, generator: Generators = None, temperature: float = 1.0) -> Tensor:
         """Draw adapters: `z ~ N(0, temperature^2 I)`, decoded with the task vector (Eq. 9).
 
         Args:
@@ -192,9 +190,7 @@ class ICMGenerator(AdapterMixin, PreTrainedModel):
         """
         condition = condition[None] if condition.ndim == 1 else condition
         if condition.ndim != 2 or condition.shape[1] != self.config.condition_dim:
-            raise ValueError(
-                f"Expected task vectors of shape (n, {self.config.condition_dim}), found {tuple(condition.shape)}."
-            )
+            raise ValueError(f"Expected task vectors of shape (n, {self.config.condition_dim}), found {tuple(condition.shape)}.")
         if temperature < 0 or num_samples < 1:
             raise ValueError(f"temperature={temperature} must be >= 0 and num_samples={num_samples} >= 1.")
         condition = condition.repeat_interleave(num_samples, 0)

@@ -89,9 +89,7 @@ class EpisodeDataset(Dataset[dict[str, Tensor]]):
     That makes a run the same on one process or two, and the same when it is resumed.
     """
 
-    def __init__(
-        self, snapshots: list[Tensor], task_vectors: list[Tensor], args: ICMTrainingArguments, latent_size: int, batch_size: int
-    ):
+    def __init__(self, snapshots: list[Tensor], task_vectors: list[Tensor], args: ICMTrainingArguments, latent_size: int, batch_size: int):
         self.snapshots, self.task_vectors, self.args = snapshots, task_vectors, args
         self.latent_size, self.batch_size = latent_size, batch_size
         rows = torch.cat(task_vectors)
@@ -237,7 +235,8 @@ class ICMTrainer(Trainer):
 
     # ------------------------------------------------------------------ episodes
     def _get_train_sampler(self, train_dataset: Any = None) -> EpisodeSampler:
-        return EpisodeSampler(train_dataset or self.train_dataset)
+        dataset: Any = train_dataset or self.train_dataset
+        return EpisodeSampler(dataset)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> EpisodeSampler:
         return EpisodeSampler(eval_dataset, evaluate=True)
@@ -348,9 +347,7 @@ def held_out_mask(count: int, share: float) -> Tensor:
     return mask
 
 
-def new_generator(
-    collection: AdapterCollection, config: ICMConfig, encoder: TaskEncoder | None = None, seed: int = 0
-) -> ICMGenerator:
+def new_generator(collection: AdapterCollection, config: ICMConfig, encoder: TaskEncoder | None = None, seed: int = 0) -> ICMGenerator:
     """A generator with fresh weights for the layout, encoder and tasks of a collection.
 
     Args:

@@ -13,9 +13,7 @@ from .sentence import SentenceEncoder
 
 __all__ = ["ClipTextEncoder", "HiddenStateEncoder", "SentenceEncoder", "TaskEncoder", "load_task_encoder"]
 
-ENCODERS: dict[str, type[TaskEncoder]] = {
-    encoder.kind: encoder for encoder in (ClipTextEncoder, HiddenStateEncoder, SentenceEncoder)
-}
+ENCODERS: dict[str, type[TaskEncoder]] = {encoder.kind: encoder for encoder in (ClipTextEncoder, HiddenStateEncoder, SentenceEncoder)}
 
 
 def load_task_encoder(config: Mapping[str, Any], folder: str | Path | None = None) -> TaskEncoder:

@@ -36,7 +36,13 @@ class ClipTextEncoder(TaskEncoder):
     accepts: ClassVar[str] = "text"
 
     def __init__(
-        self, model: Any, tokenizer: Any, checkpoint: str, model_cfg: dict[str, Any], pretrained: str | None = None, projected: bool = True
+        self,
+        model: Any,
+        tokenizer: Any,
+        checkpoint: str,
+        model_cfg: dict[str, Any],
+        pretrained: str | None = None,
+        projected: bool = True,
     ):
         self.model, self.tokenizer, self.model_cfg, self.projected = model.eval(), tokenizer, model_cfg, projected
         self.config = {

@@ -35,7 +35,7 @@ class HiddenStateEncoder(TaskEncoder):
         self.model, self.tokenizer = model.eval(), tokenizer
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.config = {
             "kind": self.kind,
             "checkpoint": checkpoint,
@@ -57,7 +57,7 @@ class HiddenStateEncoder(TaskEncoder):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model and tokenizer as transformers does."""
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(folder)
 
     def _embed(self, items: list[str]) -> Tensor:

@@ -3,8 +3,7 @@
 import datasets
 import evaluate
 
-from peft_icm.tasks.language_modeling import NLL
-from peft_icm.tasks.language_modeling import nll
+from peft_icm.tasks.language_modeling import NLL, nll
 
 _DESCRIPTION = """
 Negative log2-likelihood of the raw text, divided by its Unicode characters. Unlike perplexity it compares models of different tokenizers.

@@ -5,8 +5,7 @@ import math
 import datasets
 import evaluate
 
-from peft_icm.tasks.language_modeling import NLL
-from peft_icm.tasks.language_modeling import nll
+from peft_icm.tasks.language_modeling import NLL, nll
 
 _DESCRIPTION = """
 exp of the mean negative log-likelihood of a token. Texts longer than the window are cut into overlapping windows in which every token is

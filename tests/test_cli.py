@@ -1,0 +1,250 @@
+"""The command line: what people type, right and wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_training import tiny_collection
+from tiny import TEXTS, llama, tokenizer
+from transformers import AutoModelForCausalLM
+
+from peft_icm import AdapterCollection, ICMGenerator, bundled_generator
+from peft_icm.bundled import bundled_folder
+from peft_icm.cli import main, parser
+
+SENTENCE = "continue a Shakespeare play"
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a tiny base, tasks of real text, and what `collect` makes of them."""
+    folder = tmp_path_factory.mktemp("work")
+    torch.manual_seed(0)
+    llama(vocab_size=len(tokenizer()), max_position_embeddings=128).save_pretrained(folder / "base")
+    tokenizer().save_pretrained(folder / "base")
+    (folder / "tasks").mkdir()
+    entries = []
+    for name, text in zip(("sonnet", "novel", "genesis"), TEXTS, strict=True):
+        (folder / "tasks" / f"{name}.train.txt").write_text(text)
+        (folder / "tasks" / f"{name}.test.txt").write_text(text[::-1][:90])
+        entry = {
+            "name": name,
+            "descriptions": [f"write a {name}", f"{name}, please"],
+            "unseen_descriptions": [f"something like a {name}"],
+        }
+        entries.append({**entry, "train": f"{name}.train.txt", "test": f"{name}.test.txt"})
+    (folder / "tasks" / "tasks.json").write_text(json.dumps({"tasks": entries}))
+    arguments = ["collect", folder / "base", "--tasks", folder / "tasks", "-o", folder / "collection", "--epochs", 6, "--snapshots", 5,
+                 "--block-size", 32, "--learning-rate", 0.01, "--json"]  # fmt: skip
+    assert run(*arguments) == 0
+    return folder
+
+
+class TestGenerate:
+    def test_writes_a_peft_folder(self, tmp_path, capsys):
+        assert run("generate", "bundled:text", SENTENCE, "-o", tmp_path / "a", "--json") == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["adapter"] == str(tmp_path / "a") and result["text"] == SENTENCE and result["seed"] == 0
+        assert {file.name for file in (tmp_path / "a").iterdir()} == {
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+        base = AutoModelForCausalLM.from_pretrained(result["base_model"])
+        assert isinstance(PeftModel.from_pretrained(base, tmp_path / "a"), PeftModel)
+
+    def test_the_seed_decides(self, tmp_path):
+        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+            assert run("generate", "bundled:text", SENTENCE, "-o", tmp_path / name, "--seed", seed) == 0
+        a, b, c = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "abc")
+        assert all(torch.equal(a[key], b[key]) for key in a) and any(not torch.equal(a[key], c[key]) for key in a)
+
+    def test_another_base_of_the_same_shape(self, tmp_path):
+        base = Path(bundled_generator("text")) / "base_model"
+        assert run("generate", "bundled:text", SENTENCE, "-o", tmp_path / "a", "--base-model", base) == 0
+
+
+class TestWrong:
+    """Exit code 2, one line that says what to do, nothing written."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["generate", "bundled:text", "", "-o", "OUT"], "must be a non-empty sentence"),
+            (["generate", "bundled:text", "-o", "OUT"], "Pass exactly one of text, examples and task_vector, found none"),
+            (["generate", "bundled:text", "--example", "x", "-o", "OUT"], "clip encoder reads text=, not examples="),
+            (["generate", "bundled:nope", SENTENCE, "-o", "OUT"], "no bundled generator 'nope': choose one of text"),
+            (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--temperature", "-1"], "temperature=-1.0 must be >= 0"),
+            (["generate", "org/misspelt", SENTENCE, "-o", "OUT"], "org/misspelt"),
+            (["generate", "no/such/folder", SENTENCE, "-o", "OUT"], "no/such/folder"),
+            (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--base-model", "BASE"], "expected"),
+            (["collect", "BASE", "--tasks", "EMPTY", "-o", "OUT"], "needs a tasks.json"),
+            (["collect", "BASE", "--tasks", "TASKS", "-o", "OUT", "--rank", "0"], "rank"),
+            (["collect", "BASE", "--tasks", "TASKS", "-o", "OUT", "--shard", "5/2"], "shard='5/2' must be 'i/n'"),
+            (["train", "EMPTY", "-o", "OUT"], "no adapter collection"),
+            (
+                ["train", "COLLECTION", "-o", "OUT", "--encoder", "bert:x"],
+                "KIND:CHECKPOINT with KIND one of clip, hidden_state, sentence",
+            ),
+            (["evaluate", "bundled:text", "--tasks", "EMPTY", "--collection", "COLLECTION"], "needs a tasks.json"),
+            (["push", "EMPTY", "org/name"], "holds no generator, no adapter and no collection"),
+        ],
+    )
+    def test_is_one_line(self, work, hub, tmp_path, capsys, arguments, message):
+        (tmp_path / "empty").mkdir()
+        places = {
+            "OUT": tmp_path / "out",
+            "EMPTY": tmp_path / "empty",
+            "BASE": work / "base",
+            "TASKS": work / "tasks",
+            "COLLECTION": work / "collection",
+        }
+        assert run(*(places.get(argument, argument) for argument in arguments)) == 2
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert errors[-1].startswith("peft-icm: error: ") and message in errors[-1]
+        assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+    def test_a_truncated_generator(self, tmp_path, capsys):
+        ICMGenerator.from_pretrained(bundled_generator("text")).save_pretrained(tmp_path / "g")
+        file = tmp_path / "g" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1000])
+        assert run("generate", tmp_path / "g", SENTENCE, "-o", tmp_path / "out") == 2
+        assert "model.safetensors" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+    def test_an_unknown_verb_and_a_missing_option(self, capsys):
+        for arguments in (["dance"], ["generate", "bundled:text", SENTENCE]):
+            with pytest.raises(SystemExit) as stop:
+                main(arguments)
+            assert stop.value.code == 2
+
+    def test_no_token(self, work, hub, capsys):
+        assert run("push", work / "collection", "org/loras") == 2
+        assert "401" in capsys.readouterr().err
+
+
+def test_help_tells_defaults(capsys):
+    for verb in ("demo", "collect", "train", "generate", "evaluate", "push"):
+        with pytest.raises(SystemExit) as stop:
+            parser().parse_args([verb, "--help"])
+        assert stop.value.code == 0
+        assert "(default: " in capsys.readouterr().out
+
+
+def test_from_base_to_hub(work, hub, token, tmp_path, capsys):
+    generator, report = tmp_path / "generator", tmp_path / "report.json"
+    capsys.readouterr()
+    assert run("train", work / "collection", "-o", generator, "--epochs", 4, "--json") == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"generator", "variance_explained", "kl"}
+    arguments = [
+        "evaluate",
+        generator,
+        "--tasks",
+        work / "tasks",
+        "--collection",
+        work / "collection",
+        "--seeds",
+        0,
+        "-o",
+        report,
+        "--json",
+    ]
+    assert run(*arguments) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(report.read_text())
+    assert {"name", "base", "own", "generated", "unseen_phrasing", "wrong_task", "gibberish"} == set(printed["tasks"][0])
+    assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert run("push", generator, "org/tiny", "--token", token) == 0
+    assert run("push", work / "collection", "org/loras", "--token", token, "--private") == 0
+    assert run("generate", "org/tiny", "write a sonnet", "-o", tmp_path / "sonnet") == 0
+    assert run("push", tmp_path / "sonnet", "org/sonnet", "--token", token) == 0
+    assert "write a sonnet" in hub.repos["models", "org/sonnet"].files()["README.md"].decode()
+    assert hub.repos["datasets", "org/loras"].private
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_mid_training_and_on_again(tmp_path):
+    collection = tiny_collection(snapshots=20)
+    collection.descriptions = {task: [f"about {task}"] for task in collection.tasks}
+    collection.save_pretrained(tmp_path / "c")
+    command = [sys.executable, "-m", "peft_icm.cli", "train", str(tmp_path / "c"), "-o", str(tmp_path / "g"), "--epochs", "3000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    for _ in range(900):
+        if list(tmp_path.glob("g.work/checkpoint-*/trainer_state.json")) or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors[-2000:]
+    assert not (tmp_path / "g").exists()
+    steps = max(int(folder.name.split("-")[1]) for folder in tmp_path.glob("g.work/checkpoint-*"))
+    resumed = subprocess.run([*command[:-1], str(steps // 2 + 20), "--resume", "--json"], capture_output=True, text=True, timeout=300)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert json.loads(resumed.stdout)["generator"] == str(tmp_path / "g")
+    assert ICMGenerator.from_pretrained(tmp_path / "g").config.training["steps"] > 0
+
+
+@pytest.mark.slow
+def test_demo(tmp_path):
+    """The whole demo as people start it, and its figures recomputed from its own table."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "peft_icm.cli", "demo", "--json", "--output", str(tmp_path / "demo")]
+    finished = subprocess.run(command, capture_output=True, text=True, env=env, timeout=500)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    result = json.loads(finished.stdout)
+    assert set(result) == {"tasks", "share", "seeds", "seconds", "adapter"} and result["seeds"] == [0, 1, 2]
+    assert len(result["tasks"]) >= 12
+    for name, share in result["share"].items():
+        gains = [(row["base"] - row[name], row["base"] - row["own"]) for row in result["tasks"]]
+        assert share["mean"] == pytest.approx(sum(a for a, _ in gains) / sum(b for _, b in gains), abs=2e-3)
+        assert share["min"] == pytest.approx(min(a / b for a, b in gains), abs=2e-2)
+    assert (tmp_path / "demo" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    code = (
+        "import sys; sys.modules['peft_icm'] = None\n"
+        "from peft import AutoPeftModelForCausalLM\n"
+        f"model = AutoPeftModelForCausalLM.from_pretrained({result['adapter']!r})\n"
+        "print(sum(p.numel() for n, p in model.named_parameters() if 'lora_' in n))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=200)
+    assert loaded.returncode == 0, loaded.stderr[-2000:]
+    assert int(loaded.stdout) == ICMGenerator.from_pretrained(bundled_generator("text")).layout.numel
+
+
+class TestBundle:
+    def test_is_small_and_licensed(self):
+        folder = bundled_folder("text")
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        assert sum(file.stat().st_size for file in files) < 15_000_000
+        assert not [file for file in files if file.suffix in (".bin", ".pt", ".pkl")]
+        names = json.loads((folder / "tasks" / "tasks.json").read_text())["tasks"]
+        licences = (folder / "LICENSES.md").read_text()
+        assert all(f"| {task['name']} |" in licences for task in names)
+
+    def test_unseen_phrasings_are_unseen(self):
+        """At least five for each task, none of them made from a training template or subject."""
+        examples = json.loads((Path(__file__).parents[1] / "examples" / "phrasings.json").read_text())
+        tasks = json.loads((bundled_folder("text") / "tasks" / "tasks.json").read_text())["tasks"]
+        every = {s.lower() for entry in examples["tasks"].values() for s in [*entry["subjects"], entry["description"]]}
+        starts = [template.split("{}") for template in examples["templates"] if template != "{}"]
+        for task in tasks:
+            assert len(task["unseen_descriptions"]) >= 5
+            for sentence in task["unseen_descriptions"]:
+                assert sentence.lower() not in every
+                assert not any(sentence.startswith(a) and sentence.endswith(b) for a, b in starts), sentence
+
+    def test_own_loras_gain(self):
+        own = AdapterCollection.from_pretrained(bundled_folder("text") / "own")
+        generator = ICMGenerator.from_pretrained(bundled_generator("text"))
+        assert own.layout.fingerprint == generator.layout.fingerprint
+        assert own.tasks == [task["name"] for task in generator.config.tasks]
