@@ -193,7 +193,7 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
         source = Path(temporary) if adapter_name == "default" else Path(temporary) / adapter_name
         layout = AdapterLayout.from_pretrained(source)
         facts = _provenance(model).get(adapter_name, {})
-        (source / CARD).write_text(str(adapter_card(layout.to_dict(), **facts)))
+        (source / CARD).write_text(str(adapter_card(layout.to_dict(), **facts)), encoding="utf-8")
         for file in sorted(source.iterdir()):
             if file.is_file():
                 os.replace(file, target / file.name)

@@ -173,7 +173,7 @@ class AdapterCollection:
             "encoder": self.encoder,
             "metadata": self.metadata,
         }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **hub_kwargs: Any) -> AdapterCollection:
@@ -192,7 +192,7 @@ class AdapterCollection:
         root = resolve(str(folder), repo_type="dataset", **hub_kwargs)
         if not (root / MANIFEST).is_file():
             raise ValueError(f"{folder} is no adapter collection: it has no {MANIFEST}.")
-        manifest = json.loads((root / MANIFEST).read_text())
+        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
         if manifest.get("format") != FORMAT:
             raise ValueError(f"{folder} has collection format {manifest.get('format')}, this peft_icm reads {FORMAT}.")
         snapshots, vectors, texts = {}, {}, {}
@@ -236,7 +236,7 @@ class AdapterCollection:
         return push_folder(
             self._write,
             repo_id,
-            card=lambda folder: collection_card(json.loads((folder / MANIFEST).read_text()), repo_id=repo_id),
+            card=lambda folder: collection_card(json.loads((folder / MANIFEST).read_text(encoding="utf-8")), repo_id=repo_id),
             repo_type="dataset",
             commit_message=commit_message,
             private=private,

@@ -107,7 +107,7 @@ def load_tasks(folder: str | Path) -> list[LanguageModelingTask]:
     """
     root = Path(folder)
     try:
-        entries = json.loads((root / "tasks.json").read_text())["tasks"]
+        entries = json.loads((root / "tasks.json").read_text(encoding="utf-8"))["tasks"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{root} needs a tasks.json of the form {{"tasks": [{{"name", "descriptions", ...}}]}} ({error}).') from error
 
@@ -116,7 +116,7 @@ def load_tasks(folder: str | Path) -> list[LanguageModelingTask]:
             return []
         if not (root / name).is_file():
             raise ValueError(f"{root / 'tasks.json'} names {name}, which is not there.")
-        return (root / name).read_text().split(DOCUMENT_SEPARATOR)
+        return (root / name).read_text(encoding="utf-8").split(DOCUMENT_SEPARATOR)
 
     return [
         LanguageModelingTask(
