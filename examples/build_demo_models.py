@@ -74,9 +74,10 @@ LORA_EPOCHS, LORA_SNAPSHOTS = 16, 8
 LORA_BLOCKS = 120  # in an epoch, drawn anew: 240 blocks seen eight times overfitted (wikipedia gained nothing, held out)
 LORA_LEARNING_RATE = 1e-2
 
-GENERATOR_EPOCHS = 1200
-GENERATOR_COMPONENTS = 24
-GENERATOR_KL_WEIGHT = 0.005
+GENERATOR_EPOCHS = 1600
+GENERATOR_COMPONENTS = 32
+GENERATOR_KL_WEIGHT = 0.015  # at 0.005 z carries 20 nats: which task it is, which the sentence should say
+GENERATOR_LATENT = 32
 GENERATOR_NOISE = 0.5
 
 BUNDLED_PASSAGE = 1_400  # characters of each held-out passage
@@ -376,7 +377,7 @@ def generator(build: Path) -> None:
         report_to=[],
         use_cpu=True,
     )
-    config = ICMConfig(num_components=GENERATOR_COMPONENTS, kl_weight=GENERATOR_KL_WEIGHT)
+    config = ICMConfig(num_components=GENERATOR_COMPONENTS, latent_size=GENERATOR_LATENT, kl_weight=GENERATOR_KL_WEIGHT)
     trainer = ICMTrainer(collection, config, args, encoder=encoder)
     trainer.train()
     trainer.generator.save_pretrained(build / "generator")
