@@ -53,7 +53,7 @@ def weights(trainer):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("architecture", ["principal", "paper"])
 def test_learns_and_says_so(architecture, layout, tmp_path):
-    epochs = 60 if architecture == "principal" else 4
+    epochs = 150 if architecture == "principal" else 4
     options = {"num_conv_layers": 3} if architecture == "paper" else {}
     args = arguments(tmp_path, num_train_epochs=epochs, logging_steps=2)
     trainer = ICMTrainer(tiny_collection(layout), config(architecture=architecture, **options), args)

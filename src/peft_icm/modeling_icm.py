@@ -27,7 +27,7 @@ class ICMOutput(ModelOutput):
 
     Args:
         loss (`Tensor`): `[]`, reconstruction loss plus `kl_weight` times the KL divergence, mean over the batch (Eq. 8).
-        reconstruction_loss (`Tensor`): `[]`, the first term.
+        reconstruction_loss (`Tensor`): `[]`, the first term; for `"principal"` with the squared error of a z from the prior.
         kl_loss (`Tensor`): `[]`, KL(q(z | l, v) || N(0, I)) in nats, summed over the latent, mean over the batch.
         squared_error (`Tensor`): `[B]`, mean squared error of each sample in pooled, normalised units.
         reconstruction (`Tensor`): `[B, P]`, in the units of the adapters.
@@ -98,7 +98,8 @@ class ICMGenerator(AdapterMixin, PreTrainedModel):
             parameters (`Tensor`): `[B, P]` adapters l, in their own units.
             condition (`Tensor`): `[B, d]` task vectors v.
             hidden_tasks (`Tensor`, *optional*): `[B]` index of the task whose pair the context leaves out; -1 for none.
-            noise (`Tensor`, *optional*): `[B, k]`, the epsilon of Eq. 4; drawn where it is not given.
+            noise (`Tensor`, *optional*): `[B, k]`, the epsilon of Eq. 4, and z itself where it is drawn from the prior; drawn where it
+                is not given.
             return_loss (`bool`, defaults to `True`): There for the Trainer, which asks for it.
 
         Returns:
@@ -112,6 +113,9 @@ class ICMGenerator(AdapterMixin, PreTrainedModel):
         squared_error = (decoded - l).square().mean(1)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1)
         reconstruction_loss, kl_loss = self.network.reconstruction_loss(squared_error).mean(), kl.mean()
+        if self.network.prior_weight:
+            prior_error = (self._decode(noise, v, hidden_tasks) - l).square().mean()
+            reconstruction_loss = reconstruction_loss + self.network.prior_weight * prior_error
         return ICMOutput(
             loss=reconstruction_loss + self.config.kl_weight * kl_loss,
             reconstruction_loss=reconstruction_loss,

@@ -1,8 +1,8 @@
 """The networks of the conditional VAE: statistics, context attention, and the two architectures.
 
 Both architectures speak one interface: `encode(l, v) -> (mean, logvar)`, `decode(z, v) -> l`, on normalised vectors;
-`reconstruction_loss(squared_error)`; `fit(l)` for what is estimated from the collection instead of trained. Neither has a BatchNorm:
-a generator produces one sample at a time.
+`reconstruction_loss(squared_error)`; `prior_weight`, that of the squared error of a z from the prior; `fit(l)` for what is estimated
+from the collection instead of trained. Neither has a BatchNorm: a generator produces one sample at a time.
 """
 
 from __future__ import annotations
@@ -132,8 +132,13 @@ class PrincipalNetwork(nn.Module):
     Eq. 6 leaves the decoder's variance open. Here it is the maximum-likelihood scalar of each sample, which turns the reconstruction
     term of Eq. 8, per coordinate, into `1/2 log(mean squared error)`: the scale of the adapters drops out, and the KL term keeps its
     weight however small the error becomes, so that z is used.
+
+    A z from the posterior can tell the decoder which task it is, and the task vector is then left unread. So the squared error of a z
+    from N(0, I) is part of the loss, as in the hybrid objective of Sohn, Lee and Yan (2015), section 4.2: what every adapter of a task
+    shares has to come from v, and z is left with what differs between them.
     """
 
+    prior_weight = 1.0
     ERROR_FLOOR = 1e-4  # of the pooled variance: errors below it earn nothing
 
     def __init__(self, config: ICMConfig):
@@ -185,6 +190,7 @@ class PaperNetwork(nn.Module):
     enters the loss. The variance that Eq. 6 leaves open is one, as the published squared error implies.
     """
 
+    prior_weight = 0.0
     CHANNELS = (8, 16, 32, 64, 128, 256, 256, 128, 64, 32, 16, 8)
 
     def __init__(self, config: ICMConfig):
