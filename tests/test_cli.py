@@ -209,6 +209,9 @@ def test_demo(tmp_path):
         gains = [(row["base"] - row[name], row["base"] - row["own"]) for row in result["tasks"]]
         assert share["mean"] == pytest.approx(sum(a for a, _ in gains) / sum(b for _, b in gains), abs=2e-3)
         assert share["min"] == pytest.approx(min(a / b for a, b in gains), abs=2e-2)
+    share = {name: entry["mean"] for name, entry in result["share"].items()}
+    assert share["generated"] > 0.95 and share["unseen_phrasing"] > 0.7
+    assert share["wrong_task"] <= 0.25 and share["gibberish"] <= 0.25
     assert (tmp_path / "demo" / "demo.png").read_bytes().startswith(b"\x89PNG")
     code = (
         "import sys; sys.modules['peft_icm'] = None\n"
@@ -243,7 +246,7 @@ class TestBundle:
                 assert sentence.lower() not in every
                 assert not any(sentence.startswith(a) and sentence.endswith(b) for a, b in starts), sentence
 
-    def test_own_loras_gain(self):
+    def test_own_loras_are_of_the_generators_layout(self):
         own = AdapterCollection.from_pretrained(bundled_folder("text") / "own")
         generator = ICMGenerator.from_pretrained(bundled_generator("text"))
         assert own.layout.fingerprint == generator.layout.fingerprint

@@ -250,3 +250,11 @@ def test_a_trained_generator_saves_and_loads(tmp_path):
     for name, tensor in trainer.generator.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert loaded.config.training["steps"] == trainer.state.global_step
+
+
+def test_single_snapshots_leave_nothing_to_hold_out(tmp_path, caplog):
+    """LoRAs that exist already: one for each task."""
+    trainer = ICMTrainer(tiny_collection(snapshots=1), config(), arguments(tmp_path, eval_strategy="epoch", num_train_epochs=2))
+    trainer.train()
+    assert "nothing is evaluated" in caplog.text
+    assert trainer.generator.config.training["held_out_snapshots"] == 0 and trainer.generator.config.training["metrics"] == []

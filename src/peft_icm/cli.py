@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PrinterCallback
 
 from . import __version__
 from .adapters import push_adapter, save_adapter
@@ -108,8 +108,12 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         disable_tqdm=args.json,
     )
     trainer = ICMTrainer(collection, config, training_args, encoder=encoder)
-    checkpoints = Path(training_args.output_dir or "").glob("checkpoint-*") if args.resume else ()
-    trainer.train(resume_from_checkpoint=any(True for _ in checkpoints))
+    if args.json:
+        trainer.remove_callback(PrinterCallback)  # it prints the log on stdout
+    # trainer_state.json is written last: a checkpoint without it was cut short
+    complete = [file.parent for file in Path(f"{args.output}.work").glob("checkpoint-*/trainer_state.json")]
+    last = max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None) if args.resume else None
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     trainer.generator.save_pretrained(args.output)
     training = trainer.generator.config.training or {}
     figures = {metric["type"]: metric["value"] for metric in training["metrics"]}

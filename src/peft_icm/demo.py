@@ -39,7 +39,7 @@ def run_demo(output: str | Path, *, quiet: bool = False) -> dict[str, Any]:
     model = generator.generate_adapter(SENTENCE, generator=torch.Generator().manual_seed(SEED))
     adapter = save_adapter(model, folder / "adapter").resolve()
     say(f"-> {type(model).__name__}, {generator.layout.numel:,} numbers; an ordinary PEFT folder: {adapter}\n")
-    say(f"Now on held-out text of all {len(generator.config.tasks or [])} tasks (this takes a minute or two):")
+    say(f"Now on held-out text of all {len(generator.config.tasks or [])} tasks (this takes about two minutes):")
     own = AdapterCollection.from_pretrained(bundle / "own")
     tokenizer = AutoTokenizer.from_pretrained(model.get_base_model().name_or_path)
     tasks = load_tasks(bundle / "tasks")

@@ -98,7 +98,7 @@ class Evaluation:
         axes.set_xticks(range(len(self.scores)), list(self.scores), rotation=40, ha="right")
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_ylabel("gain over the base (nats per token)")
-        axes.legend(frameon=False)
+        figure.legend(loc="outside upper center", ncols=len(columns), frameon=False)
         temporary = f"{file}.part"
         figure.savefig(temporary, dpi=130, format="png")
         pyplot.close(figure)

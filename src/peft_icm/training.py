@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
+    IntervalStrategy,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -219,11 +220,15 @@ class ICMTrainer(Trainer):
         self.center = center
         batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         size = model.config.latent_size
+        held_out = any(len(part) for part in test)
+        if not held_out and args.eval_strategy != "no":
+            logger.warning("No task has a second snapshot to hold out: nothing is evaluated.")
+            args.eval_strategy = IntervalStrategy.NO
         super().__init__(
             model=model,
             args=args,
             train_dataset=EpisodeDataset(train, vectors, args, size, batch),
-            eval_dataset=EpisodeDataset(test, vectors, args, size, batch) if args.held_out else None,
+            eval_dataset=EpisodeDataset(test, vectors, args, size, batch) if held_out else None,
             compute_metrics=self._metrics,
             **kwargs,
         )
