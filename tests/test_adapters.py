@@ -150,6 +150,16 @@ class TestSecondAdapter:
         expected = icm.generate_state_dict(task_vector=-vector, generator=seeded(1))
         assert all(torch.equal(tensors(model)[key], expected[key]) for key in expected)
 
+    def test_a_merged_one_is_unmerged_before_its_values_change(self, vector):
+        base = llama()
+        weight = base.model.layers[0].self_attn.q_proj.weight.clone()
+        icm = generator()
+        model = icm.generate_adapter(task_vector=vector, base_model=base)
+        model.merge_adapter()
+        with pytest.warns(UserWarning, match="Unmerging"):
+            icm.generate_adapter(task_vector=-vector, base_model=model)
+        torch.testing.assert_close(base.model.layers[0].self_attn.q_proj.base_layer.weight, weight)
+
     @pytest.mark.parametrize("config", [{"r": 4}, {"r": 2, "lora_alpha": 99}, {"r": 2, "target_modules": ["q_proj", "v_proj", "o_proj"]}])
     def test_of_the_same_name_and_another_layout_is_refused(self, vector, config):
         config = LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **config})

@@ -324,8 +324,7 @@ class AdapterLayout:
 
 def same_function(config: LoraConfig, layout: AdapterLayout) -> bool:
     """Whether an adapter of this configuration computes the same function of the same tensors as one of `layout`."""
-    found = _json_config(config)
-    return all(found.get(name) == layout.peft_config.get(name) for name in _FUNCTIONAL)
+    return all(getattr(config, name) == layout.peft_config.get(name) for name in _FUNCTIONAL)
 
 
 def _expected_shape(key: str, shape: tuple[int, ...], module: nn.Module) -> tuple[int, ...]:

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import CommitInfo, ModelCard
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .adapter_layout import PREFIX, AdapterLayout, same_function
+from .adapter_layout import AdapterLayout, same_function
 from .hub import BASE_FOLDER, CARD, adapter_card, copy_base, push_folder
 
 logger = logging.getLogger(__name__)
@@ -89,65 +90,85 @@ def attach(
         raise ValueError(f"The adapter holds {int((~torch.isfinite(vector)).sum())} NaN or infinite values of {layout.numel}.")
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name={adapter_name!r} must be a non-empty string without dots.")
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    taken = isinstance(model, PeftModel) and adapter_name in model.peft_config
-    if isinstance(model, PeftModel) and taken:
-        _check_same_layout(model, layout, adapter_name)
+    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
+        _swap(model, layout, state_dict, adapter_name, is_trainable)
     else:
-        layout.check_base(base)
-        _warn_of_another_base(base, layout)
+        model = _add(model, layout, state_dict, adapter_name, is_trainable)
+    _provenance(model)[adapter_name] = dict(provenance or {})
+    return model
+
+
+def _add(
+    model: PreTrainedModel | PeftModel, layout: AdapterLayout, state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool
+) -> PeftModel:
+    """Inject a new adapter, on the meta device, and fill it."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    layout.check_base(base)
+    _warn_of_another_base(base, layout)
     config = layout.lora_config()
     config.inference_mode = not is_trainable
     config.base_model_name_or_path = base.name_or_path or layout.base_model_name_or_path
-    if isinstance(model, PeftModel) and taken:
-        model.peft_config[adapter_name].inference_mode = not is_trainable
-        with torch.no_grad():
-            for key, value in state_dict.items():
-                model.get_parameter(_parameter_name(key, adapter_name)).copy_(value)
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
     else:
-        if isinstance(model, PeftModel):
-            model.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
-        else:
-            model = get_peft_model(model, config, adapter_name=adapter_name, low_cpu_mem_usage=True)
-        _fill(model, base, state_dict, adapter_name)
+        model = get_peft_model(model, config, adapter_name=adapter_name, low_cpu_mem_usage=True)
     assert isinstance(model, PeftModel)
+    _fill(model, state_dict, adapter_name, is_trainable)
     model.set_adapter(adapter_name, inference_mode=not is_trainable)
-    _provenance(model)[adapter_name] = dict(provenance or {})
     return model.train(is_trainable)
 
 
-def _fill(model: PeftModel, base: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str) -> None:
-    """Replace the meta tensors of a fresh injection, each on its module's own device."""
-    devices = {name: module.weight.device for name, module in base.named_modules() if hasattr(module, "base_layer")}
-    placed = {key: value.to(devices[key.removeprefix(PREFIX).rsplit(".lora_", 1)[0]]) for key, value in state_dict.items()}
-    outcome: Any = set_peft_model_state_dict(model, placed, adapter_name=adapter_name, low_cpu_mem_usage=True)
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta and f".{adapter_name}" in name]
-    if outcome.unexpected_keys or empty:
-        raise RuntimeError(f"peft left {empty[:1] or outcome.unexpected_keys[:1]} unfilled: please report this layout.")
+def _swap(model: PeftModel, layout: AdapterLayout, state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool) -> None:
+    """Write new values into an adapter that is there; what is as it should be already is left alone, for each of it is a walk."""
+    modules = dict(model.named_modules())
+    layers = {name: layer for name, layer in modules.items() if isinstance(layer, LoraLayer) and adapter_name in layer.r}
+    parameters = _matching_parameters(model, layers, layout, adapter_name)
+    active = all(layer.active_adapters == [adapter_name] and not layer.merged for layer in layers.values())
+    if not active or model.active_adapters != [adapter_name] or any(p.requires_grad != is_trainable for p in parameters.values()):
+        model.set_adapter(adapter_name, inference_mode=not is_trainable)  # unmerges, so before the values change
+    model.peft_config[adapter_name].inference_mode = not is_trainable
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(state_dict[key])
+    if any(module.training != is_trainable for module in modules.values()):
+        model.train(is_trainable)
 
 
-def _parameter_name(key: str, adapter_name: str) -> str:
-    stem, weight, _ = key.rpartition(".weight")
-    return f"{stem}.{adapter_name}.weight" if weight else f"{key}.{adapter_name}"
+def _fill(model: PeftModel, state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool) -> None:
+    """Put values in the place of the meta tensors of a fresh injection, each on its module's own device."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for key, value in state_dict.items():
+        name, _, matrix = key.removesuffix(".weight").rpartition(".")
+        weight: Any = layers[name].get_base_layer().weight
+        parameter = nn.Parameter(value.to(weight.device), requires_grad=is_trainable)
+        matrices: Any = getattr(layers[name], matrix)
+        if isinstance(matrices, nn.ParameterDict):
+            matrices[adapter_name] = parameter
+        else:
+            matrices[adapter_name].weight = parameter
 
 
-def _check_same_layout(model: PeftModel, layout: AdapterLayout, adapter_name: str) -> None:
-    """Refuse to swap values into an adapter of another layout, in time proportional to the adapter."""
-    config: Any = model.peft_config[adapter_name]
+def _matching_parameters(
+    model: PeftModel, layers: Mapping[str, LoraLayer], layout: AdapterLayout, adapter_name: str
+) -> dict[str, nn.Parameter]:
+    """The parameter of each key; refuses an adapter of another layout, in time proportional to the adapter."""
     action = "Choose another adapter_name or delete_adapter it first."
+    config: Any = model.peft_config[adapter_name]
     if not same_function(config, layout):
         raise ValueError(f"The adapter {adapter_name!r} is there with another LoRA configuration. {action}")
+    parameters = {}
     for key, shape in zip(layout.keys, layout.shapes, strict=True):
-        try:
-            found = tuple(model.get_parameter(_parameter_name(key, adapter_name)).shape)
-        except AttributeError:
-            found = ()
-        if found != shape:
-            raise ValueError(f"{key}: expected shape {shape}, found {found or 'nothing'} in {adapter_name!r}. {action}")
-    suffix = f".{adapter_name}"
-    count = sum(name.endswith((suffix, f"{suffix}.weight")) and ".lora_" in name for name, _ in model.named_parameters())
-    if count != len(layout.keys):
-        raise ValueError(f"The adapter {adapter_name!r} has {count} tensors, the layout {len(layout.keys)}. {action}")
+        name, _, matrix = key.removesuffix(".weight").rpartition(".")
+        found: Any = getattr(layers.get(name), matrix, {})
+        found = found[adapter_name] if adapter_name in found else None  # noqa: SIM401 - a ModuleDict has no get
+        parameter = getattr(found, "weight", found)
+        if parameter is None or tuple(parameter.shape) != shape:
+            what = "nothing" if parameter is None else tuple(parameter.shape)
+            raise ValueError(f"{key}: expected shape {shape}, found {what} in {adapter_name!r}. {action}")
+        parameters[key] = parameter
+    if len(layers) != len(layout.modules):
+        raise ValueError(f"The adapter {adapter_name!r} is on {len(layers)} modules, the layout on {len(layout.modules)}. {action}")
+    return parameters
 
 
 def _warn_of_another_base(base: PreTrainedModel, layout: AdapterLayout) -> None:

@@ -145,7 +145,8 @@ class ICMGenerator(AdapterMixin, PreTrainedModel):
         Returns:
             `Tensor`: `[B, P]` fp32, in the units of the adapters.
         """
-        return self.statistics.denormalize(self._decode(latent, self._condition(condition)))
+        decoded = self._decode(latent, self._condition(condition))
+        return self.statistics.denormalize(decoded, out=None if torch.is_grad_enabled() else decoded)
 
     @torch.no_grad()
     def fit(self, parameters: Tensor, conditions: Tensor) -> None:

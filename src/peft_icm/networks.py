@@ -32,6 +32,7 @@ class Statistics(nn.Module):
     def __init__(self, sizes: list[int], condition_dim: int):
         super().__init__()
         self.sizes = sizes
+        self._spread_of: tuple[Tensor, Tensor, tuple[int, int]] | None = None
         self.register_buffer("mean", torch.zeros(len(sizes), dtype=torch.float32))
         self.register_buffer("std", torch.ones(len(sizes), dtype=torch.float32))
         self.register_buffer("condition_mean", torch.zeros(condition_dim, dtype=torch.float32))
@@ -51,16 +52,25 @@ class Statistics(nn.Module):
         std = (conditions.float() - self.condition_mean).std(correction=0)
         self.condition_std.copy_(std if std > 0 else torch.ones(()))
 
-    def _spread(self, values: Tensor) -> Tensor:
-        return values.repeat_interleave(torch.tensor(self.sizes, device=values.device), output_size=sum(self.sizes))
+    def _spread(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of every coordinate, `[P]` each; kept until a buffer is replaced or written to."""
+        versions = (self.mean._version, self.std._version)
+        known = self._spread_of
+        if known is None or known[0] is not self.mean or known[1] is not self.std or known[2] != versions:
+            sizes = torch.tensor(self.sizes, device=self.mean.device)
+            self._spread_values = (self.mean.repeat_interleave(sizes), self.std.repeat_interleave(sizes))
+            self._spread_of = (self.mean, self.std, versions)
+        return self._spread_values
 
     def normalize(self, parameters: Tensor) -> Tensor:
         """`[..., P]` in the units of the adapters -> zero mean, unit variance for each tensor, fp32."""
-        return (parameters.float() - self._spread(self.mean)) / self._spread(self.std)
+        mean, std = self._spread()
+        return (parameters.float() - mean) / std
 
-    def denormalize(self, parameters: Tensor) -> Tensor:
-        """The inverse of [`~Statistics.normalize`]; fp32."""
-        return torch.addcmul(self._spread(self.mean), parameters.float(), self._spread(self.std))
+    def denormalize(self, parameters: Tensor, out: Tensor | None = None) -> Tensor:
+        """The inverse of [`~Statistics.normalize`]; fp32, written to `out` where it is given."""
+        mean, std = self._spread()
+        return torch.addcmul(mean, parameters.float(), std, out=out)
 
     def normalize_condition(self, condition: Tensor) -> Tensor:
         """`[..., d]` task vectors -> zero mean, pooled unit variance, fp32."""
