@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -179,7 +180,8 @@ def test_ctrl_c_in_mid_training_and_on_again(tmp_path):
     collection.descriptions = {task: [f"about {task}"] for task in collection.tasks}
     collection.save_pretrained(tmp_path / "c")
     command = [sys.executable, "-m", "peft_icm.cli", "train", str(tmp_path / "c"), "-o", str(tmp_path / "g"), "--epochs", "3000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background inherits that it is ignored
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=listen)
     for _ in range(900):
         if list(tmp_path.glob("g.work/checkpoint-*/trainer_state.json")) or process.poll() is not None:
             break

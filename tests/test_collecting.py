@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -181,7 +182,8 @@ def test_ctrl_c_keeps_finished_tasks(base, collected, tmp_path, workers):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "peft_icm.cli", "collect", str(base), "--tasks", str(data), "-o", str(out), "--epochs", "3",
                "--snapshots", "2", "--block-size", "32", "--learning-rate", "0.01", "--num-workers", workers]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background inherits that it is ignored
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listen)
     done = tmp_path / "out.work" / "sonnet" / "done.json"
     for _ in range(1200):
         if done.is_file() or process.poll() is not None:
