@@ -60,6 +60,7 @@ def run(collection: AdapterCollection, architecture: str, rate: float, limit: fl
         learning_rate=rate,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=20,
+        kl_warmup_ratio=0.0,  # the number of steps is not known beforehand
         eval_strategy="steps",
         eval_steps=evaluations,
         logging_strategy="no",
