@@ -191,6 +191,7 @@ def test_ctrl_c_in_mid_training_and_on_again(tmp_path):
     assert process.returncode == 130, errors[-2000:]
     assert not (tmp_path / "g").exists()
     steps = max(int(folder.name.split("-")[1]) for folder in tmp_path.glob("g.work/checkpoint-*"))
+    (tmp_path / "g.work" / f"checkpoint-{steps + 1}").mkdir(exist_ok=True)  # one that was cut short
     resumed = subprocess.run([*command[:-1], str(steps // 2 + 20), "--resume", "--json"], capture_output=True, text=True, timeout=300)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert json.loads(resumed.stdout)["generator"] == str(tmp_path / "g")

@@ -119,7 +119,7 @@ def _add(
 
 
 def _swap(model: PeftModel, layout: AdapterLayout, state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool) -> None:
-    """Write new values into an adapter that is there; what is as it should be already is left alone, for each of it is a walk."""
+    """Write new values into an adapter that is there; what is already as it should be is not set again."""
     modules = dict(model.named_modules())
     layers = {name: layer for name, layer in modules.items() if isinstance(layer, LoraLayer) and adapter_name in layer.r}
     parameters = _matching_parameters(model, layers, layout, adapter_name)
@@ -134,11 +134,17 @@ def _swap(model: PeftModel, layout: AdapterLayout, state_dict: Mapping[str, Tens
         model.train(is_trainable)
 
 
+def _place(key: str) -> tuple[str, str]:
+    """Of a key, the LoRA layer's name in the PeftModel and its matrix: `("base_model.model...q_proj", "lora_A")`."""
+    name, _, matrix = key.removesuffix(".weight").rpartition(".")
+    return name, matrix
+
+
 def _fill(model: PeftModel, state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool) -> None:
     """Put values in the place of the meta tensors of a fresh injection, each on its module's own device."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     for key, value in state_dict.items():
-        name, _, matrix = key.removesuffix(".weight").rpartition(".")
+        name, matrix = _place(key)
         weight: Any = layers[name].get_base_layer().weight
         parameter = nn.Parameter(value.to(weight.device), requires_grad=is_trainable)
         matrices: Any = getattr(layers[name], matrix)
@@ -158,7 +164,7 @@ def _matching_parameters(
         raise ValueError(f"The adapter {adapter_name!r} is there with another LoRA configuration. {action}")
     parameters = {}
     for key, shape in zip(layout.keys, layout.shapes, strict=True):
-        name, _, matrix = key.removesuffix(".weight").rpartition(".")
+        name, matrix = _place(key)
         found: Any = getattr(layers.get(name), matrix, {})
         found = found[adapter_name] if adapter_name in found else None  # noqa: SIM401 - a ModuleDict has no get
         parameter = getattr(found, "weight", found)
@@ -174,10 +180,10 @@ def _matching_parameters(
 def _warn_of_another_base(base: PreTrainedModel, layout: AdapterLayout) -> None:
     name, wanted = base.name_or_path, layout.base_model_name_or_path
     if name and wanted and name != wanted and not os.path.isdir(name) and not os.path.isdir(wanted):
-        warnings.warn(f"The adapter was made for {wanted}, the base model is {name}.", stacklevel=4)
+        warnings.warn(f"The adapter was made for {wanted}, the base model is {name}.", stacklevel=5)
     found = getattr(base.config, "_commit_hash", None)
     if found and layout.revision and not found.startswith(layout.revision):
-        warnings.warn(f"The adapter was made for revision {layout.revision} of {wanted}, the base is {found}.", stacklevel=4)
+        warnings.warn(f"The adapter was made for revision {layout.revision} of {wanted}, the base is {found}.", stacklevel=5)
 
 
 def _provenance(model: PeftModel) -> dict[str, dict[str, Any]]:

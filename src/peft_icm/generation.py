@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,9 @@ class AdapterMixin:
 
     config: ICMConfig
     layout: AdapterLayout
+    sample: Callable[..., Tensor]
     _source: dict[str, Any]  # where from_pretrained found the generator
     _lazy: dict[str, Any]  # the encoder and the base, once loaded; a dict keeps them out of the generator's own modules
-
-    def sample(self, condition: Tensor, num_samples: int = 1, generator: Generators = None, temperature: float = 1.0) -> Tensor:
-        """Implemented by the generator."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------ conditions
     @property

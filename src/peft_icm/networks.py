@@ -144,7 +144,7 @@ class PrincipalNetwork(nn.Module):
     weight however small the error becomes, so that z is used.
 
     A z from the posterior can tell the decoder which task it is, and the task vector is then left unread. So the squared error of a z
-    from N(0, I) is part of the loss, as in the hybrid objective of Sohn, Lee and Yan (2015), section 4.2: what every adapter of a task
+    from N(0, I) is part of the loss, as in the hybrid objective of Sohn, Lee and Yan (2015): what every adapter of a task
     shares has to come from v, and z is left with what differs between them.
     """
 

@@ -222,7 +222,7 @@ class ICMTrainer(Trainer):
         size = model.config.latent_size
         held_out = any(len(part) for part in test)
         if not held_out and args.eval_strategy != "no":
-            logger.warning("No task has a second snapshot to hold out: nothing is evaluated.")
+            logger.warning("No snapshot is held out (held_out=%g, one snapshot for each task?): nothing is evaluated.", args.held_out)
             args.eval_strategy = IntervalStrategy.NO
         super().__init__(
             model=model,
