@@ -23,7 +23,7 @@ import transformers
 from transformers import TrainerCallback
 
 from peft_icm import AdapterCollection, ICMConfig, ICMTrainer, ICMTrainingArguments
-from peft_icm.conditioning import ClipTextEncoder
+from peft_icm.conditioning import ClipEncoder
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("train.json"))
     args = parser.parse_args()
     collection = AdapterCollection.from_pretrained(args.collection)
-    collection.encode(ClipTextEncoder.from_pretrained(args.encoder))
+    collection.encode(ClipEncoder.from_pretrained(args.encoder))
     curves, rows = {}, {}
     for architecture in ("paper", "principal"):
         limit = args.seconds if architecture == "paper" else args.seconds / 10

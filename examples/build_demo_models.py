@@ -54,7 +54,7 @@ from peft_icm import (
     ICMTrainingArguments,
     collect,
 )
-from peft_icm.conditioning import ClipTextEncoder
+from peft_icm.conditioning import ClipEncoder
 from peft_icm.tasks.language_modeling import LanguageModelingTask, load_tasks
 
 SEPARATOR = "\n\x00\n"
@@ -358,7 +358,7 @@ def collect_loras(build: Path) -> None:
 def generator(build: Path) -> None:
     """Train the generator; the log goes to `generator_trainer/`."""
     tasks, _ = _descriptions(build)
-    encoder = ClipTextEncoder.from_pretrained(str(build / "encoder"))
+    encoder = ClipEncoder.from_pretrained(str(build / "encoder"))
     collection = AdapterCollection.from_pretrained(build / "collection")
     collection.descriptions = {task.name: task.descriptions for task in tasks}
     collection.metadata["base_model"] = "base_model"
@@ -390,6 +390,12 @@ def bundle(build: Path) -> None:
     model = ICMGenerator.from_pretrained(build / "generator", dtype=torch.bfloat16)
     model.save_pretrained(target / "generator", with_base_model=True)
     (target / "generator" / "base_model" / "DONE").unlink(missing_ok=True)
+    shared = target.parent / "encoder"
+    shutil.rmtree(shared, ignore_errors=True)
+    (target / "generator" / "encoder").rename(shared)
+    saved = ICMConfig.from_pretrained(target / "generator")
+    saved.encoder = {**saved.encoder, "folder": "../../encoder"}
+    saved.save_pretrained(target / "generator")
     entries = []
     for task in tasks:
         passages = [text[:BUNDLED_PASSAGE].rsplit("\n", 1)[0] for text in task.test_texts]

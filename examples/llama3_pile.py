@@ -15,8 +15,8 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from peft_icm import CollectingArguments, ICMConfig, ICMGenerator, ICMTrainer, ICMTrainingArguments, collect, evaluate_generator
-from peft_icm.bundled import bundled_folder
-from peft_icm.conditioning import ClipTextEncoder
+from peft_icm.bundled import bundled_encoder, bundled_folder
+from peft_icm.conditioning import ClipEncoder
 from peft_icm.tasks.language_modeling import LanguageModelingTask, load_tasks
 
 FIVE = ("wikipedia", "austen", "latex", "rust", "bible")
@@ -47,10 +47,7 @@ def main() -> None:
     base = str(bundle / "generator" / "base_model") if args.demo else args.base_model
     tasks = demo_tasks() if args.demo else load_tasks(args.tasks)
     epochs, snapshots, block = (12, 4, 64) if args.demo else (150, 50, 1024)
-    if args.demo:
-        encoder = ClipTextEncoder.from_pretrained(str(bundle / "generator" / "encoder"))
-    else:
-        encoder = ClipTextEncoder.from_pretrained("ViT-L-14", pretrained="openai")
+    encoder = ClipEncoder.from_pretrained(bundled_encoder()) if args.demo else ClipEncoder.from_pretrained("ViT-L-14", pretrained="openai")
 
     recipe = CollectingArguments(
         str(args.output / "collecting"),

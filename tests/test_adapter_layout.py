@@ -1,6 +1,7 @@
 """AdapterLayout: derived, ordered, bit-exact, strict."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -52,15 +53,21 @@ class TestBothBases:
         layout.check_base(model.unload())
 
 
+def florence_lora_in(r, targets, dtype):
+    config = LoraConfig(r=r, target_modules=FLORENCE_TARGETS[-targets:], task_type=None)
+    return get_peft_model(florence().to(dtype), config, autocast_adapter_dtype=False)
+
+
+@pytest.mark.parametrize("build", [llama_lora, florence_lora_in])
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     r=st.integers(1, 5),
-    layers=st.integers(1, 12),
+    extent=st.integers(1, len(FLORENCE_TARGETS)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 9),
 )
-def test_every_bit_survives_in_every_dtype(r, layers, dtype, seed):
-    layout = AdapterLayout.from_peft_model(llama_lora(r, layers, dtype))
+def test_every_bit_survives_in_every_dtype(build, r, extent, dtype, seed):
+    layout = AdapterLayout.from_peft_model(build(r, extent, dtype))
     assert layout.torch_dtype == dtype
     torch.manual_seed(seed)
     integer = torch.int32 if dtype == torch.float32 else torch.int16
@@ -91,45 +98,69 @@ def test_llama_3_8b_has_851968_parameters_at_rank_2():
     assert AdapterLayout.from_peft_model(model).numel == 851_968
 
 
-@pytest.mark.parametrize(("vocab_size", "numel"), [(51289, 241_241), (51328, 241_280)])
-def test_florence_2_base_has_the_papers_241241_parameters_at_rank_1(vocab_size, numel):
+def florence_2_base(vocab_size):
     text = {
         "d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "encoder_attention_heads": 12, "decoder_attention_heads": 12,
         "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "vocab_size": vocab_size,
     }  # fmt: skip
     config = Florence2Config(vision_config={"projection_dim": 768}, text_config=text)
     with torch.device("meta"):
-        model = get_peft_model(Florence2ForConditionalGeneration(config), LoraConfig(r=1, target_modules=FLORENCE_TARGETS, task_type=None))
-    assert AdapterLayout.from_peft_model(model).numel == numel
+        return Florence2ForConditionalGeneration(config)
+
+
+def paper_lora(base):
+    return get_peft_model(base, LoraConfig(r=1, target_modules=FLORENCE_TARGETS, task_type=None))
+
+
+@pytest.mark.parametrize(("vocab_size", "numel"), [(51289, 241_241), (51328, 241_280)])
+def test_florence_2_base_has_the_papers_241241_parameters_at_rank_1(vocab_size, numel):
+    assert AdapterLayout.from_peft_model(paper_lora(florence_2_base(vocab_size))).numel == numel
+
+
+def test_florence_2_of_another_vocabulary_is_refused_by_the_head_s_shape():
+    layout = AdapterLayout.from_peft_model(paper_lora(florence_2_base(51289)))
+    key = r"base_model\.model\.lm_head\.lora_B\.weight"
+    with pytest.raises(ValueError, match=rf"{key}: expected shape \(51289, 1\), found a base model that needs \(51328, 1\)"):
+        layout.check_base(florence_2_base(51328))
+    layout = AdapterLayout.from_peft_model(florence_lora())
+    with pytest.raises(ValueError, match=rf"{key}: expected shape \(128, 1\), found a base model that needs \(96, 1\)"):
+        layout.check_base(florence(vocab_size=96))
+
+
+@pytest.mark.parametrize("build", [llama_lora, florence_lora])
+class TestTensorsThatDoNotFit:
+    def test_missing_key(self, build):
+        layout = AdapterLayout.from_peft_model(build())
+        state_dict = filled(layout)
+        del state_dict[layout.keys[3]]
+        with pytest.raises(ValueError, match=re.escape(f"lacks {layout.keys[3]}: expected shape {layout.shapes[3]}")):
+            layout.flatten(state_dict)
+
+    def test_unknown_key(self, build):
+        layout = AdapterLayout.from_peft_model(build())
+        with pytest.raises(ValueError, match="stranger: expected no such key"):
+            layout.flatten({**filled(layout), "stranger": torch.zeros(3)})
+
+    def test_other_shape(self, build):
+        layout = AdapterLayout.from_peft_model(build())
+        state_dict = filled(layout)
+        state_dict[layout.keys[0]] = torch.zeros(3, 15)
+        with pytest.raises(ValueError, match=re.escape(f"{layout.keys[0]}: expected shape {layout.shapes[0]}, found (3, 15)")):
+            layout.flatten(state_dict)
+
+    def test_other_dtype(self, build):
+        layout = AdapterLayout.from_peft_model(build())
+        state_dict = {key: value.half() for key, value in filled(layout).items()}
+        with pytest.raises(ValueError, match="expected dtype float32"):
+            layout.flatten(state_dict)
+
+    def test_vector_of_another_length(self, build):
+        with pytest.raises(ValueError, match="Expected a vector of shape"):
+            AdapterLayout.from_peft_model(build()).unflatten(torch.zeros(3))
 
 
 class TestRefusals:
     layout = AdapterLayout.from_peft_model(llama_lora())
-
-    def test_missing_key(self):
-        state_dict = filled(self.layout)
-        del state_dict[self.layout.keys[3]]
-        with pytest.raises(ValueError, match=rf"lacks {self.layout.keys[3]}: expected shape \(8, 2\)"):
-            self.layout.flatten(state_dict)
-
-    def test_unknown_key(self):
-        with pytest.raises(ValueError, match="stranger: expected no such key"):
-            self.layout.flatten({**filled(self.layout), "stranger": torch.zeros(3)})
-
-    def test_other_shape(self):
-        state_dict = filled(self.layout)
-        state_dict[self.layout.keys[0]] = torch.zeros(3, 16)
-        with pytest.raises(ValueError, match=r"expected shape \(2, 16\), found \(3, 16\)"):
-            self.layout.flatten(state_dict)
-
-    def test_other_dtype(self):
-        state_dict = {key: value.half() for key, value in filled(self.layout).items()}
-        with pytest.raises(ValueError, match="expected dtype float32"):
-            self.layout.flatten(state_dict)
-
-    def test_vector_of_another_length(self):
-        with pytest.raises(ValueError, match="Expected a vector of shape"):
-            self.layout.unflatten(torch.zeros(3))
 
     @pytest.mark.parametrize(
         ("base", "message"),
@@ -150,8 +181,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match="r=0"):
             AdapterLayout.from_state_dict(filled(self.layout), config)
 
-    def test_truncated_file(self, tmp_path):
-        llama_lora().save_pretrained(tmp_path)
+    @pytest.mark.parametrize("build", [llama_lora, florence_lora])
+    def test_truncated_file(self, tmp_path, build):
+        build().save_pretrained(tmp_path)
         file = tmp_path / "adapter_model.safetensors"
         file.write_bytes(file.read_bytes()[:100])
         with pytest.raises(ValueError, match="not a readable safetensors file"):

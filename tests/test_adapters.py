@@ -6,12 +6,22 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from tiny import CONDITION_DIM, filled, florence, florence_layout, generator, llama, llama_layout, llama_lora
+from tiny import CONDITION_DIM, FLORENCE_TARGETS, filled, florence, florence_layout, generator, llama, llama_layout, llama_lora
+from transformers import AutoConfig
 
 from peft_icm import AdapterLayout, save_adapter
-from peft_icm.adapters import attach, share_tensors
+from peft_icm.adapters import attach, share_tensors, untie
 
-BASES = {"llama": (llama, llama_layout), "florence": (florence, florence_layout)}
+IMAGE_TOKEN = 9  # inside the tiny vocabulary
+
+
+def seeing_florence():
+    base = florence()
+    base.config.image_token_id = IMAGE_TOKEN
+    return base
+
+
+BASES = {"llama": (llama, llama_layout), "florence": (seeing_florence, florence_layout)}
 
 
 @pytest.fixture(params=BASES)
@@ -19,6 +29,29 @@ def family(request):
     build, layout = BASES[request.param]
     torch.manual_seed(0)
     return build(), layout()
+
+
+@pytest.fixture
+def saved_family(family, tmp_path):
+    """The same with a base that lies in a folder, as a generator's own base does."""
+    base, layout = family
+    base.save_pretrained(tmp_path / "base")
+    return type(base).from_pretrained(tmp_path / "base"), layout
+
+
+def inputs_for(base):
+    """Tokens, and a picture before them where the base looks at pictures."""
+    tokens = torch.arange(10, 30)[None]
+    if not hasattr(base.config, "vision_config"):
+        return {"input_ids": tokens}
+    torch.manual_seed(5)
+    patches = torch.full((1, 17), IMAGE_TOKEN)  # a grid of 4 x 4, and its mean
+    return {"input_ids": torch.cat([patches, tokens], 1), "decoder_input_ids": tokens, "pixel_values": torch.randn(1, 3, 32, 32)}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**inputs_for(model.get_base_model() if isinstance(model, PeftModel) else model)).logits
 
 
 @pytest.fixture
@@ -46,37 +79,51 @@ def test_every_key_is_filled_and_the_model_is_peft_s_own(family, vector):
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_saved_folder_is_loaded_by_peft_alone_with_the_same_logits(tmp_path, vector):
-    base = llama()
-    base.save_pretrained(tmp_path / "base")
-    base = type(base).from_pretrained(tmp_path / "base")
-    model = generator().generate_adapter(task_vector=vector, base_model=base)
+def test_saved_folder_is_loaded_by_peft_alone_with_the_same_logits(saved_family, tmp_path, vector):
+    base, layout = saved_family
+    model = generator(layout).generate_adapter(task_vector=vector, base_model=base)
     save_adapter(model, tmp_path / "adapter")
-    tokens = torch.arange(20)[None]
-    torch.save(model(tokens).logits, tmp_path / "logits.pt")
+    torch.save([inputs_for(base), logits(model)], tmp_path / "seen.pt")
+    auto = "AutoPeftModelForCausalLM" if layout.peft_config.get("task_type") == "CAUSAL_LM" else "AutoPeftModel"
     script = f"""
 import sys
 sys.modules["peft_icm"] = None
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig
+from peft import {auto}, PeftConfig
 config = PeftConfig.from_pretrained({str(tmp_path / "adapter")!r})
 assert config.inference_mode and config.base_model_name_or_path == {str(tmp_path / "base")!r}
-model = AutoPeftModelForCausalLM.from_pretrained({str(tmp_path / "adapter")!r}).eval()
-logits = model(torch.arange(20)[None]).logits
-torch.testing.assert_close(logits, torch.load({str(tmp_path / "logits.pt")!r}))
+model = {auto}.from_pretrained({str(tmp_path / "adapter")!r}).eval()
+inputs, logits = torch.load({str(tmp_path / "seen.pt")!r})
+torch.testing.assert_close(model(**inputs).logits, logits)
 print("same logits")
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert "same logits" in run.stdout, run.stderr
 
 
-def test_saved_florence_folder_holds_the_adapter_and_nothing_of_the_base(tmp_path, vector):
-    model = generator(florence_layout()).generate_adapter(task_vector=vector, base_model=florence())
+def test_saved_folder_holds_the_adapter_and_nothing_of_the_base(family, tmp_path, vector):
+    base, layout = family
+    model = generator(layout).generate_adapter(task_vector=vector, base_model=share_tensors(base))
     save_adapter(model, tmp_path / "adapter")
-    layout = AdapterLayout.from_pretrained(tmp_path / "adapter")
-    assert layout.fingerprint == florence_layout().fingerprint
-    again = PeftModel.from_pretrained(florence(), tmp_path / "adapter")
+    assert AdapterLayout.from_pretrained(tmp_path / "adapter").fingerprint == layout.fingerprint
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert all(torch.equal(value, tensors(model)[key]) for key, value in tensors(again).items())
+
+
+def test_saved_folder_is_loaded_by_load_adapter_of_transformers_and_of_peft(family, tmp_path, vector):
+    base, layout = family
+    icm = generator(layout)
+    model = icm.generate_adapter(task_vector=vector, base_model=share_tensors(base))
+    save_adapter(model, tmp_path / "adapter")
+    expected = logits(model)
+    other = icm.generate_adapter(task_vector=-vector, base_model=share_tensors(base))
+    other.load_adapter(tmp_path / "adapter", adapter_name="second")
+    other.set_adapter("second")
+    torch.testing.assert_close(logits(other.eval()), expected)
+    before = logits(base.eval())
+    base.load_adapter(str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(base.eval()), expected)
+    assert not torch.allclose(before, expected, atol=1e-3)
 
 
 class TestBaseModels:
@@ -85,17 +132,16 @@ class TestBaseModels:
         model = generator(layout).generate_adapter(task_vector=vector, base_model=base)
         assert model.get_base_model() is base
 
-    def test_a_folder_is_loaded_with_its_kwargs(self, tmp_path, vector):
-        llama().save_pretrained(tmp_path)
-        model = generator().generate_adapter(task_vector=vector, base_model=tmp_path, base_model_kwargs={"dtype": torch.bfloat16})
+    def test_a_folder_is_loaded_with_its_kwargs(self, saved_family, tmp_path, vector):
+        _, layout = saved_family
+        folder, kwargs = tmp_path / "base", {"dtype": torch.bfloat16}
+        model = generator(layout).generate_adapter(task_vector=vector, base_model=folder, base_model_kwargs=kwargs)
         assert model.get_base_model().dtype == torch.bfloat16
-        assert model(torch.arange(4)[None]).logits.isfinite().all()
+        assert logits(model).isfinite().all()
 
-    def test_no_base_gives_independent_models_on_shared_tensors(self, tmp_path, vector):
-        llama().save_pretrained(tmp_path)
-        base = type(llama()).from_pretrained(tmp_path)
-        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        icm = generator(AdapterLayout.from_peft_model(get_peft_model(base, config)))
+    def test_no_base_gives_independent_models_on_shared_tensors(self, saved_family, vector):
+        base, layout = saved_family
+        icm = generator(AdapterLayout.from_peft_model(get_peft_model(base, layout.lora_config())))
         one = icm.generate_adapter(task_vector=vector)
         before = {key: value.clone() for key, value in tensors(one).items()}
         two = icm.generate_adapter(task_vector=-vector)
@@ -113,9 +159,9 @@ class TestBaseModels:
             generator(layout).generate_adapter(task_vector=vector, base_model=wrong)
         assert [name for name, _ in wrong.named_modules()] == names
 
-    def test_another_revision_warns(self, vector):
-        layout = AdapterLayout.from_dict({**llama_layout().to_dict(), "revision": "abc", "base_model_name_or_path": "org/base"})
-        base = llama()
+    def test_another_revision_warns(self, family, vector):
+        base, layout = family
+        layout = AdapterLayout.from_dict({**layout.to_dict(), "revision": "abc", "base_model_name_or_path": "org/base"})
         base.config._commit_hash = "def"
         with pytest.warns(UserWarning, match="made for revision abc"):
             generator(layout).generate_adapter(task_vector=vector, base_model=base)
@@ -150,15 +196,16 @@ class TestSecondAdapter:
         expected = icm.generate_state_dict(task_vector=-vector, generator=seeded(1))
         assert all(torch.equal(tensors(model)[key], expected[key]) for key in expected)
 
-    def test_a_merged_one_is_unmerged_before_its_values_change(self, vector):
-        base = llama()
-        weight = base.model.layers[0].self_attn.q_proj.weight.clone()
-        icm = generator()
+    def test_a_merged_one_is_unmerged_before_its_values_change(self, family, vector):
+        base, layout = family
+        weights = {name: base.get_submodule(name).weight.clone() for name in layout.modules}
+        icm = generator(layout)
         model = icm.generate_adapter(task_vector=vector, base_model=base)
         model.merge_adapter()
         with pytest.warns(UserWarning, match="Unmerging"):
             icm.generate_adapter(task_vector=-vector, base_model=model)
-        torch.testing.assert_close(base.model.layers[0].self_attn.q_proj.base_layer.weight, weight)
+        for name, weight in weights.items():
+            torch.testing.assert_close(base.get_submodule(name).base_layer.weight, weight)
 
     @pytest.mark.parametrize("config", [{"r": 4}, {"r": 2, "lora_alpha": 99}, {"r": 2, "target_modules": ["q_proj", "v_proj", "o_proj"]}])
     def test_of_the_same_name_and_another_layout_is_refused(self, vector, config):
@@ -179,8 +226,8 @@ def test_trainable_on_request(family, vector):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_value_that_is_not_finite_is_refused(value):
-    layout, base = llama_layout(), llama()
+def test_a_value_that_is_not_finite_is_refused(family, value):
+    base, layout = family
     state_dict = filled(layout)
     state_dict[layout.keys[1]][0, 0] = value
     with pytest.raises(ValueError, match="holds 1 NaN or infinite"):
@@ -188,19 +235,93 @@ def test_a_value_that_is_not_finite_is_refused(value):
     assert not any("lora" in name for name, _ in base.named_modules())
 
 
-def test_shared_tensors_are_not_copied():
-    base = llama()
+def test_shared_tensors_are_not_copied(family):
+    base, _ = family
     other = share_tensors(base)
     assert other is not base
     assert all(a is b for a, b in zip(base.parameters(), other.parameters(), strict=True))
 
 
-def test_inputs_are_exactly_one(vector):
-    icm = generator()
-    with pytest.raises(ValueError, match="exactly one of text, examples and task_vector, found none"):
-        icm.generate_adapter(base_model=llama())
+def test_a_merge_after_untying_leaves_the_generator_s_own_base_as_it_was(saved_family, tmp_path, vector):
+    base, layout = saved_family
+    icm = generator(AdapterLayout.from_dict({**layout.to_dict(), "base_model_name_or_path": str(tmp_path / "base")}))
+    expected = logits(icm.generate_adapter(task_vector=vector, generator=seeded(1)))
+    merged = untie(icm.generate_adapter(task_vector=vector, generator=seeded(1))).merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(icm.load_base()), logits(base))
+    assert torch.equal(logits(icm.generate_adapter(task_vector=vector, generator=seeded(1))), expected)
+
+
+class TestTiedHead:
+    """A LoRA on an output embedding whose weight is the input embedding too."""
+
+    @pytest.fixture(params=["llama", "florence"])
+    def tied(self, request):
+        torch.manual_seed(0)
+        if request.param == "florence":
+            base, config = seeing_florence(), LoraConfig(r=2, target_modules=FLORENCE_TARGETS, task_type=None)
+        else:
+            base = llama(tie_word_embeddings=True)
+            config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+        assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
+        return base.eval(), AdapterLayout.from_peft_model(get_peft_model(share_tensors(base), config))
+
+    def test_attaching_says_once_that_it_must_be_untied_before_a_merge(self, tied, recwarn):
+        base, layout = tied
+        model = attach(base, layout, filled(layout))
+        attach(model, layout, filled(layout, 1))
+        attach(model, layout, filled(layout, 2), adapter_name="second")
+        assert sum("call peft_icm.adapters.untie(model) before merge_and_unload" in str(w.message) for w in recwarn) == 1
+
+    def test_of_an_untied_base_no_warning_is_given(self, tied, recwarn):
+        base, layout = tied
+        attach(untie(base), layout, filled(layout))
+        assert not [w for w in recwarn if "shares its weight" in str(w.message) or "tied" in str(w.message)]
+
+    @pytest.mark.parametrize("when", ["before attaching", "after attaching"])
+    def test_untied_it_merges_right_and_survives_saving(self, tied, when, tmp_path):
+        base, layout = tied
+        state_dict = {key: value / 4 for key, value in filled(layout).items()}
+        expected = logits(attach(share_tensors(base), layout, state_dict))
+        model = attach(untie(base), layout, state_dict) if when == "before attaching" else untie(attach(base, layout, state_dict))
+        torch.testing.assert_close(logits(model), expected)
+        merged = model.merge_and_unload()
+        assert type(merged) is type(base)
+        torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+        merged.save_pretrained(tmp_path)
+        assert not AutoConfig.from_pretrained(tmp_path).tie_word_embeddings
+        loaded = type(base).from_pretrained(tmp_path)
+        torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+        loaded.tie_weights()
+        torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+
+    def test_merged_in_place_and_taken_out_again(self, tied):
+        base, layout = tied
+        plain = logits(base)
+        model = untie(attach(base, layout, {key: value / 4 for key, value in filled(layout).items()}))
+        expected = logits(model)
+        model.merge_adapter()
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+        model.unmerge_adapter()
+        torch.testing.assert_close(logits(model.unload()), plain, rtol=1e-4, atol=1e-4)
+
+    def test_models_on_the_same_tensors_stay_as_they_are(self, tied):
+        base, layout = tied
+        one, two = (attach(share_tensors(base), layout, filled(layout, seed)) for seed in (1, 2))
+        plain, expected = logits(base), logits(two)
+        untie(one).merge_and_unload()
+        assert torch.equal(logits(base), plain) and torch.equal(logits(two), expected)
+        for other in (base, two.get_base_model()):
+            head = other.get_output_embeddings()
+            assert getattr(head, "base_layer", head).weight is other.get_input_embeddings().weight
+            assert other.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("text", [None, "about cats"])
+def test_without_an_encoder_only_a_task_vector_is_taken(family, text):
+    base, layout = family
     with pytest.raises(ValueError, match="names no task encoder"):
-        icm.generate_adapter("about cats", base_model=llama())
+        generator(layout).generate_adapter(text, base_model=base)
 
 
 def test_a_named_adapter_is_saved_into_the_folder_itself(tmp_path, vector):

@@ -7,18 +7,20 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from test_training import tiny_collection
 from tiny import TEXTS, llama, tokenizer
 from transformers import AutoModelForCausalLM
 
 from peft_icm import AdapterCollection, ICMGenerator, bundled_generator
-from peft_icm.bundled import bundled_folder
+from peft_icm.bundled import bundled_encoder, bundled_folder
 from peft_icm.cli import main, parser
 
 SENTENCE = "continue a Shakespeare play"
@@ -76,6 +78,16 @@ class TestGenerate:
         base = Path(bundled_generator("text")) / "base_model"
         assert run("generate", "bundled:text", SENTENCE, "-o", tmp_path / "a", "--base-model", base) == 0
 
+    def test_pictures_alone_and_beside_a_text(self, tmp_path):
+        pictures = []
+        for name, colour in (("red", (200, 30, 40)), ("blue", (20, 30, 220))):
+            Image.new("RGB", (40, 30), colour).save(tmp_path / f"{name}.png")
+            pictures += ["--image", tmp_path / f"{name}.png"]
+        for name, said in (("text", [SENTENCE]), ("both", [SENTENCE, *pictures]), ("pictures", pictures)):
+            assert run("generate", "bundled:text", *said, "-o", tmp_path / name) == 0
+        found = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("text", "both", "pictures")]
+        assert all(any(not torch.equal(a[key], b[key]) for key in a) for a, b in pairwise(found))
+
 
 class TestWrong:
     """Exit code 2, one line that says what to do, nothing written."""
@@ -84,8 +96,13 @@ class TestWrong:
         ("arguments", "message"),
         [
             (["generate", "bundled:text", "", "-o", "OUT"], "must be a non-empty sentence"),
-            (["generate", "bundled:text", "-o", "OUT"], "Pass exactly one of text, examples and task_vector, found none"),
-            (["generate", "bundled:text", "--example", "x", "-o", "OUT"], "clip encoder reads text=, not examples="),
+            (["generate", "bundled:text", "-o", "OUT"], "encoder reads, text= and/or images=, or task_vector= alone; found none of them"),
+            (
+                ["generate", "bundled:text", "--example", "x", "-o", "OUT"],
+                "encoder reads, text= and/or images=, or task_vector= alone; found examples=",
+            ),
+            (["generate", "bundled:text", "--image", "EMPTY", "-o", "OUT"], "is no picture that can be opened"),
+            (["generate", "bundled:encoder", SENTENCE, "-o", "OUT"], "no bundled generator 'encoder': choose one of"),
             (["generate", "bundled:nope", SENTENCE, "-o", "OUT"], "no bundled generator 'nope': choose one of text"),
             (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--temperature", "-1"], "temperature=-1.0 must be >= 0"),
             (["generate", "org/misspelt", SENTENCE, "-o", "OUT"], "org/misspelt"),
@@ -230,7 +247,7 @@ def test_demo(tmp_path):
 class TestBundle:
     def test_is_small_and_licensed(self):
         folder = bundled_folder("text")
-        files = [file for file in folder.rglob("*") if file.is_file()]
+        files = [file for root in (folder, Path(bundled_encoder())) for file in root.rglob("*") if file.is_file()]
         assert sum(file.stat().st_size for file in files) < 15_000_000
         assert not [file for file in files if file.suffix in (".bin", ".pt", ".pkl")]
         names = json.loads((folder / "tasks" / "tasks.json").read_text())["tasks"]

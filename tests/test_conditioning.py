@@ -1,16 +1,22 @@
 """Task encoders: what they compute, that they travel, and that another one is refused."""
 
+import json
+
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+import yaml
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import TEXTS, generator, llama, tokenizer
+from test_training import tiny_collection
+from tiny import FLORENCE_TARGETS, TEXTS, florence_processor, florence_reader, generator, llama, tokenizer
 from transformers import BertConfig, BertModel
 
-from peft_icm import ICMGenerator, load_task_encoder
-from peft_icm.conditioning import ClipTextEncoder, HiddenStateEncoder, SentenceEncoder
+from peft_icm import ICMConfig, ICMGenerator, bundled_generator, load_task_encoder, save_adapter
+from peft_icm.conditioning import ClipEncoder, HiddenStateEncoder, SentenceEncoder, open_images
 
 CLIP = {
     "embed_dim": 8,
@@ -21,7 +27,7 @@ CLIP = {
 
 def clip(seed=0):
     torch.manual_seed(seed)
-    return ClipTextEncoder(open_clip.CLIP(**CLIP), open_clip.SimpleTokenizer(context_length=16), "tiny", CLIP)
+    return ClipEncoder(open_clip.CLIP(**CLIP), open_clip.SimpleTokenizer(context_length=16), "tiny", CLIP)
 
 
 def sentence(folder):
@@ -39,11 +45,31 @@ def hidden_state(folder):
     return HiddenStateEncoder.from_pretrained(str(folder))
 
 
+def florence_encoder(folder, **options):
+    """Random weights that are large enough to see pictures; every tenth token an end and no token twice, so that answers end soon."""
+    torch.manual_seed(0)
+    model = florence_reader()
+    for parameter in model.parameters():
+        parameter.data *= 20 if parameter.ndim > 1 else 1
+    model.generation_config.eos_token_id = list(range(2, model.config.text_config.vocab_size, 10))
+    model.generation_config.no_repeat_ngram_size = 1
+    model.save_pretrained(folder)
+    florence_processor().save_pretrained(folder)
+    return HiddenStateEncoder.from_pretrained(str(folder), **options)
+
+
+def pictures(count=3, mode="RGB"):
+    """Noise of several sizes."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = [(20 + 7 * index, 31 - 5 * index, 3) for index in range(count)]
+    return [Image.fromarray(torch.randint(256, size, generator=draw, dtype=torch.uint8).numpy()).convert(mode) for size in sizes]
+
+
 @pytest.fixture(params=["clip", "sentence", "hidden_state"])
 def encoder(request, tmp_path):
     if request.param == "clip":
         clip().save_pretrained(tmp_path / "source")
-        return ClipTextEncoder.from_pretrained(str(tmp_path / "source"))
+        return ClipEncoder.from_pretrained(str(tmp_path / "source"))
     return {"sentence": sentence, "hidden_state": hidden_state}[request.param](tmp_path / "source")
 
 
@@ -74,10 +100,15 @@ class TestEveryKind:
         with pytest.raises(ValueError, match="is not the one that the task vectors were made with"):
             load_task_encoder(encoder.config, tmp_path / "copy")
 
-    @pytest.mark.parametrize("items", [[], "a string", [""], ["  "], [3]])
-    def test_what_is_no_text_is_refused(self, encoder, items):
-        with pytest.raises(ValueError, match="Expected"):
+    @pytest.mark.parametrize("items", [[], "a string", [""], ["  "], [3], pictures(1)[0]])
+    def test_what_it_does_not_read_is_refused(self, encoder, items):
+        with pytest.raises(ValueError, match=f"Expected a list of non-empty strings.* for the {encoder.kind} encoder, found"):
             encoder.encode(items)
+
+    def test_a_picture_where_none_is_read(self, encoder):
+        if "images" not in encoder.accepts:
+            with pytest.raises(ValueError, match="Expected a list of non-empty strings for the .* encoder, found <PIL"):
+                encoder.encode(pictures())
 
 
 class TestClip:
@@ -97,23 +128,83 @@ class TestClip:
         torch.testing.assert_close(encoder.encode(LINES), expected, rtol=1e-4, atol=1e-5)
         assert encoder.model.text_projection is not None
 
+    def test_pictures_are_the_normalised_image_embedding_of_open_clip(self, tmp_path):
+        """Prepared as the checkpoint says, and still so after saving."""
+        clip().save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "open_clip_config.json").read_text())
+        config["preprocess_cfg"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "interpolation": "bilinear", "resize_mode": "squash"}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+        encoder = ClipEncoder.from_pretrained(str(tmp_path))
+        encoder.save_pretrained(tmp_path / "copy")
+        prepare = image_transform_v2(PreprocessCfg(**config["preprocess_cfg"]), is_train=False)
+        pixels = torch.stack([prepare(picture) for picture in pictures()])
+        expected = clip().model.encode_image(pixels, normalize=True).detach()
+        for one in (encoder, ClipEncoder.from_pretrained(str(tmp_path / "copy"))):
+            torch.testing.assert_close(one.encode(pictures()), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(one.encode(pictures()[1:2])[0], expected[1], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(clip().encode(pictures()), expected, atol=1e-3)
+
+    @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+    def test_pictures_of_every_mode(self, mode):
+        (picture,) = pictures(1, mode)
+        torch.testing.assert_close(clip().encode([picture]), clip().encode([picture.convert("RGB")]))
+
+    def test_pictures_need_the_shared_space(self):
+        encoder = clip()
+        encoder.projected = False
+        with pytest.raises(ValueError, match="has projected=False, before the space that text and pictures share"):
+            encoder.encode(pictures())
+
+    def test_strings_and_pictures_in_one_list(self):
+        with pytest.raises(ValueError, match="non-empty strings or of PIL images for the clip encoder, found both in one list"):
+            clip().encode([*LINES, *pictures()])
+
+    def test_an_openai_checkpoint_gets_its_activation(self, tmp_path, monkeypatch):
+        """open_clip's plain names have GELU, OpenAI's weights of those names are for QuickGELU; a copy remembers it."""
+        clip().save_pretrained(tmp_path)
+        file = {"file": str(tmp_path / "open_clip_model.safetensors")}
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-tiny", CLIP)
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-tiny", {"openai": {**file, "quick_gelu": True}, "laion": file})
+        openai, laion = (ClipEncoder.from_pretrained("ViT-tiny", pretrained=tag) for tag in ("openai", "laion"))
+        torch.testing.assert_close(laion.encode(LINES), clip().encode(LINES))
+        quick = open_clip.CLIP(**CLIP, quick_gelu=True).eval()
+        quick.load_state_dict(clip().model.state_dict())
+        expected = quick.encode_text(openai.tokenizer(LINES), normalize=True).detach()
+        openai.save_pretrained(tmp_path / "copy")
+        for encoder in (openai, load_task_encoder(openai.config, tmp_path / "copy")):
+            torch.testing.assert_close(encoder.encode(LINES), expected)
+        assert not torch.allclose(expected, laion.encode(LINES), atol=1e-4)
+
+    @pytest.mark.parametrize(("part", "key"), [("text_cfg", "width"), ("vision_cfg", "width"), (None, "embed_dim")])
+    def test_weights_that_do_not_fit_the_config(self, tmp_path, part, key):
+        clip().save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "open_clip_config.json").read_text())
+        (config["model_cfg"][part] if part else config["model_cfg"])[key] *= 2
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"cannot be loaded: .*(size mismatch|width changed).*must be of one model") as error:
+            ClipEncoder.from_pretrained(str(tmp_path))
+        assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+        (tmp_path / "open_clip_model.safetensors").unlink()
+        with pytest.raises(ValueError, match="cannot be loaded: Required pretrained weights"):
+            ClipEncoder.from_pretrained(str(tmp_path))
+
     def test_names_that_do_not_work(self, tmp_path):
         with pytest.raises(ValueError, match=r"no model 'ViT-Z'.*list_models"):
-            ClipTextEncoder.from_pretrained("ViT-Z")
+            ClipEncoder.from_pretrained("ViT-Z")
         with pytest.raises(ValueError, match="ViT-B-32 needs pretrained=, one of openai"):
-            ClipTextEncoder.from_pretrained("ViT-B-32")
+            ClipEncoder.from_pretrained("ViT-B-32")
         with pytest.raises(ValueError, match=r"no open_clip checkpoint: it has no open_clip_config\.json"):
-            ClipTextEncoder.from_pretrained(str(tmp_path))
+            ClipEncoder.from_pretrained(str(tmp_path))
 
 
 class TestHiddenState:
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_is_the_last_state_of_the_last_token(self, tmp_path, side):
         encoder = hidden_state(tmp_path)
-        encoder.tokenizer.padding_side = side
+        encoder.processor.padding_side = side
         rows = encoder.encode(TEXTS)
         for row, text in zip(rows, TEXTS, strict=True):
-            ids = encoder.tokenizer(text, return_tensors="pt")["input_ids"]
+            ids = encoder.processor(text, return_tensors="pt")["input_ids"]
             with torch.no_grad():
                 state = encoder.model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
             torch.testing.assert_close(row, state, rtol=1e-4, atol=1e-5)
@@ -125,8 +216,56 @@ class TestHiddenState:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)
-        adapted = HiddenStateEncoder(model, plain.tokenizer, "tiny")
+        adapted = HiddenStateEncoder(model, plain.processor, "tiny")
         torch.testing.assert_close(adapted.encode(TEXTS), expected)
+
+
+class TestHiddenStateOfPictures:
+    """Figure 2: the last state of Florence-2's decoder."""
+
+    def test_is_the_state_at_the_end_of_the_answer(self, tmp_path):
+        encoder = florence_encoder(tmp_path)
+        assert encoder.accepts == ("images",) and encoder.dim == 16 and encoder.config["prompt"] == "<OD>"
+        rows = encoder.encode(pictures())
+        assert (
+            rows.shape == (3, 16) and torch.cdist(rows, rows)[0, 1] > 0.1 and not torch.allclose(rows.norm(dim=1), torch.ones(3), atol=1e-2)
+        )
+        lengths = set()
+        for row, picture in zip(rows, pictures(), strict=True):
+            inputs = encoder.processor(text="<OD>", images=picture, return_tensors="pt")
+            answer = encoder.model.generate(**inputs, do_sample=False, max_new_tokens=1023)
+            lengths.add(answer.shape[1])
+            with torch.no_grad():
+                output = encoder.model(**inputs, decoder_input_ids=answer[:, :-1], output_hidden_states=True)
+            torch.testing.assert_close(row, output.decoder_hidden_states[-1][0, -1], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(encoder.encode(pictures(), batch_size=1), rows, rtol=1e-3, atol=1e-4)
+        assert len(lengths) > 1, "the answers are to end at different steps"
+
+    def test_travels_with_its_prompt(self, tmp_path):
+        encoder = florence_encoder(tmp_path / "base", prompt="<CAPTION>")
+        encoder.save_pretrained(tmp_path / "copy")
+        loaded = load_task_encoder(encoder.config, tmp_path / "copy")
+        assert loaded.config["prompt"] == "<CAPTION>"
+        torch.testing.assert_close(loaded.encode(pictures(1)), encoder.encode(pictures(1)))
+        assert not torch.allclose(loaded.encode(pictures(1)), florence_encoder(tmp_path / "base").encode(pictures(1)), atol=1e-4)
+
+    def test_reads_the_unadapted_base(self, tmp_path):
+        plain = florence_encoder(tmp_path)
+        expected = plain.encode(pictures(1))
+        model = get_peft_model(plain.model, LoraConfig(r=2, target_modules=FLORENCE_TARGETS, task_type=None))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        torch.testing.assert_close(HiddenStateEncoder(model, plain.processor, "tiny").encode(pictures(1)), expected)
+
+    def test_is_a_generators_encoder(self, tmp_path):
+        encoder = florence_encoder(tmp_path)
+        model = generator(condition_dim=encoder.dim, encoder=encoder.config)
+        torch.testing.assert_close(model.task_vector(images=pictures()), encoder.encode(pictures()).mean(0))
+        with pytest.raises(ValueError, match="hidden_state encoder reads, images=, or task_vector= alone; found text="):
+            model.task_vector("detect sofas")
+        with pytest.raises(ValueError, match="Expected a list of PIL images for the hidden_state encoder, found 'detect sofas'"):
+            encoder.encode(["detect sofas"])
 
 
 def test_sentence_is_the_mean_over_the_tokens(tmp_path):
@@ -170,16 +309,120 @@ class TestInsideAGenerator:
         with pytest.raises(ValueError, match="must be a non-empty sentence"):
             ICMGenerator.from_pretrained(saved).generate_adapter(text, llama())
 
+    def test_pictures_alone_and_beside_a_text(self, saved, tmp_path):
+        loaded, encoder = ICMGenerator.from_pretrained(saved), clip()
+        files = [tmp_path / f"{index}.png" for index in range(3)]
+        for file, picture in zip(files, pictures(), strict=True):
+            picture.save(file)
+        seen = F.normalize(encoder.encode(pictures()).mean(0), dim=0)
+        torch.testing.assert_close(loaded.task_vector(images=pictures()), seen)
+        torch.testing.assert_close(loaded.task_vector(images=[files[0], str(files[1]), pictures()[2]]), seen)
+        both = F.normalize(encoder.encode(["detect sofas"])[0] + seen, dim=0)
+        torch.testing.assert_close(loaded.task_vector("detect sofas", images=files), both)
+        draws = [torch.Generator().manual_seed(0) for _ in range(3)]
+        tensors = loaded.generate_state_dict("detect sofas", images=files, generator=draws[0])
+        model = loaded.generate_adapter("detect sofas", llama(), images=files, generator=draws[1])
+        assert all(torch.equal(tensors[key], value) for key, value in get_peft_model_state_dict(model).items())
+        card = save_adapter(model, tmp_path / "adapter") / "README.md"
+        assert yaml.safe_load(card.read_text().split("---")[1])["icm"] == {
+            "generator": str(saved),
+            "text": "detect sofas",
+            "images": 3,
+            "seed": 0,
+            "temperature": 1.0,
+        }
+        text_only = loaded.generate_state_dict("detect sofas", generator=draws[2])
+        assert any(not torch.equal(tensors[key], text_only[key]) for key in tensors)
+
+    def test_what_is_no_picture(self, saved, tmp_path):
+        loaded = ICMGenerator.from_pretrained(saved)
+        (tmp_path / "text.png").write_text("no picture")
+        pictures(1)[0].save(tmp_path / "cut.png")
+        (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])
+        for name in ("text.png", "cut.png", "missing.png"):
+            with pytest.raises(ValueError, match=f"{name} is no picture that can be opened"):
+                loaded.task_vector(images=[tmp_path / name])
+        for images in ([], "text.png", pictures(1)[0]):
+            with pytest.raises(ValueError, match="must be a non-empty list of PIL images or paths"):
+                loaded.task_vector(images=images)
+        with pytest.raises(ValueError, match="Expected a list of non-empty strings or of PIL images for the clip encoder, found 3"):
+            loaded.task_vector(images=[3])
+        assert open_images(pictures()) == pictures()
+
+    def test_refuses_an_encoder_of_another_width(self):
+        model = generator(condition_dim=9)
+        with pytest.raises(ValueError, match="condition_dim is 9, the clip encoder's task vectors have 8 numbers"):
+            model.encoder = clip()
+
+    def test_a_folder_outside_of_its_own(self, saved, tmp_path, hub, token):
+        """Two generators may share an encoder's folder; what is saved or pushed of them stands on its own."""
+        (saved / "encoder").rename(tmp_path / "shared")
+        config = ICMConfig.from_pretrained(saved)
+        config.encoder = {**config.encoder, "folder": "../shared"}
+        config.save_pretrained(saved)
+        loaded, expected = ICMGenerator.from_pretrained(saved), clip().encode(["detect sofas"])[0]
+        torch.testing.assert_close(loaded.task_vector("detect sofas"), expected)
+        before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        loaded.save_pretrained(tmp_path / "deep" / "copy")
+        assert loaded.config.encoder["folder"] == "../shared"
+        assert {file: file.read_bytes() for file in before} == before
+        assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["copy"]
+        (tmp_path / "shared").rename(tmp_path / "gone")
+        copy = ICMGenerator.from_pretrained(tmp_path / "deep" / "copy")
+        assert copy.config.encoder["folder"] == "encoder"
+        torch.testing.assert_close(copy.task_vector("detect sofas"), expected)
+        loaded.push_to_hub("org/shared", token=token)
+        pulled = ICMGenerator.from_pretrained("org/shared")
+        assert pulled.config.encoder["folder"] == "encoder"
+        torch.testing.assert_close(pulled.task_vector("detect sofas"), expected)
+
+    @pytest.mark.parametrize("folder", ["../../encoder", "encoder/../..", "/encoder"])
+    def test_a_folder_outside_of_a_repo_is_not_followed(self, saved, hub, token, folder):
+        ICMGenerator.from_pretrained(saved).push_to_hub("org/hostile", token=token)
+        pulled = ICMGenerator.from_pretrained("org/hostile")
+        pulled.config.encoder["folder"] = folder
+        with pytest.raises(ValueError, match="org/hostile names the folder .*, outside its own repo"):
+            pulled.task_vector("detect sofas")
+
+    def test_the_bundled_ones_share_theirs(self, tmp_path):
+        bundled = ICMGenerator.from_pretrained(bundled_generator("text"))
+        bundled.save_pretrained(tmp_path / "copy", with_base_model=True)
+        assert {path.name for path in (tmp_path / "copy").iterdir() if path.is_dir()} == {"encoder", "base_model"}
+        copy = ICMGenerator.from_pretrained(tmp_path / "copy")
+        torch.testing.assert_close(copy.task_vector("detect sofas"), bundled.task_vector("detect sofas"))
+
     def test_names_the_right_input(self, saved, tmp_path):
-        with pytest.raises(ValueError, match="clip encoder reads text=, not examples="):
+        with pytest.raises(ValueError, match="clip encoder reads, text= and/or images=, or task_vector= alone; found examples="):
             ICMGenerator.from_pretrained(saved).task_vector(examples=["a"])
         encoder = hidden_state(tmp_path / "base")
         model = generator(condition_dim=encoder.dim, encoder=encoder.config)
-        with pytest.raises(ValueError, match="hidden_state encoder reads examples=, not text="):
+        with pytest.raises(ValueError, match="hidden_state encoder reads, examples=, or task_vector= alone; found text="):
             model.task_vector("detect sofas")
         torch.testing.assert_close(model.task_vector(examples=TEXTS), encoder.encode(TEXTS).mean(0))
         with pytest.raises(ValueError, match="non-empty list of strings"):
             model.task_vector(examples="one string")
+
+
+class TestInACollection:
+    def test_rows_of_texts_and_pictures(self, tmp_path):
+        collection, encoder = tiny_collection(), clip()
+        first, *rest = collection.tasks
+        collection.descriptions = {task: [f"about {task}", f"{task}, please"] for task in collection.tasks}
+        pictures(1)[0].save(tmp_path / "a.png")
+        collection.encode(encoder, images={first: [tmp_path / "a.png", pictures()[1]]})
+        expected = torch.cat([encoder.encode(collection.descriptions[first]), encoder.encode(pictures()[:2])])
+        torch.testing.assert_close(collection.task_vectors[first], expected)
+        assert all(len(collection.task_vectors[task]) == 2 for task in rest)
+        collection.descriptions = {}
+        with pytest.raises(ValueError, match=f"clip encoder reads text or images; task '{rest[0]}' has none"):
+            collection.encode(encoder, images={first: pictures()})
+
+    def test_pictures_alone(self, tmp_path):
+        collection, encoder = tiny_collection(), florence_encoder(tmp_path)
+        with pytest.raises(ValueError, match="hidden_state encoder reads images; task"):
+            collection.encode(encoder)
+        collection.encode(encoder, images={task: pictures(1) for task in collection.tasks})
+        assert all(vectors.shape == (1, 16) for vectors in collection.task_vectors.values())
 
 
 def test_an_unknown_kind():

@@ -6,35 +6,42 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from peft import PeftModel
-from tiny import CONDITION_DIM, generator, llama, llama_layout
-from transformers import LlamaForCausalLM
+from peft import PeftModel, get_peft_model_state_dict
+from tiny import CONDITION_DIM, florence, florence_layout, generator, llama, llama_layout
 
 from peft_icm import AdapterCollection, ICMConfig, ICMGenerator, push_adapter
 from peft_icm.adapter_layout import AdapterLayout
-from peft_icm.hub import cards_folder, resolve
+from peft_icm.hub import adapter_card, cards_folder, generator_card, resolve
 
 REPO = "org/icm-tiny"
 VECTOR = torch.linspace(-1, 1, CONDITION_DIM)
 
 
-@pytest.fixture
-def local_base(tmp_path):
+BASES = {"llama": (llama, llama_layout), "florence": (florence, florence_layout)}
+
+
+@pytest.fixture(params=BASES)
+def layout(request):
+    return BASES[request.param][1]()
+
+
+@pytest.fixture(params=BASES)
+def local_base(request, tmp_path):
     """A generator whose base is a local folder."""
+    build, layout = BASES[request.param]
     torch.manual_seed(0)
-    llama().save_pretrained(tmp_path / "base")
+    build().save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "checkpoint-5").mkdir()
     (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"pickle")
-    layout = AdapterLayout.from_dict({**llama_layout().to_dict(), "base_model_name_or_path": str(tmp_path / "base")})
-    return generator(layout)
+    return generator(AdapterLayout.from_dict({**layout().to_dict(), "base_model_name_or_path": str(tmp_path / "base")}))
 
 
 def commits(hub, repo=REPO, kind="models"):
     return [message for message in hub.repos[kind, repo].log if message != "initial commit"]
 
 
-def test_one_commit_there_and_back(hub, token, tmp_path):
-    model = generator()
+def test_one_commit_there_and_back(hub, token, tmp_path, layout):
+    model = generator(layout)
     info = model.push_to_hub(REPO, token=token, commit_message="first")
     assert commits(hub) == ["first"] and info.oid == hub.repos["models", REPO].branches["main"]
     assert set(hub.repos["models", REPO].files()) == {".gitattributes", "README.md", "config.json", "model.safetensors"}
@@ -54,10 +61,9 @@ def test_a_local_base_travels_and_is_found(hub, token, tmp_path, local_base):
     assert str(tmp_path).encode() not in files["config.json"] + files["README.md"]
     loaded = ICMGenerator.from_pretrained(REPO, cache_dir=tmp_path / "cache")
     model = loaded.generate_adapter(task_vector=VECTOR)
-    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    for name, tensor in base.state_dict().items():
-        assert torch.equal(model.get_base_model().state_dict()[name.replace("_proj.", "_proj.base_layer.")
-                           if ("q_proj" in name or "v_proj" in name) else name], tensor)  # fmt: skip
+    base = type(model.get_base_model()).from_pretrained(tmp_path / "base")
+    found = {name.replace(".base_layer", ""): tensor for name, tensor in model.get_base_model().state_dict().items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in base.state_dict().items())
 
 
 def test_subfolder_and_revision(hub, token, tmp_path):
@@ -130,15 +136,48 @@ class TestCard:
 
     def test_the_snippet_of_an_adapter_runs(self, hub, token, tmp_path, local_base):
         model = local_base.generate_adapter(task_vector=VECTOR, generator=torch.Generator().manual_seed(5))
-        push_adapter(model, "me/sofas", token=token)
-        files = hub.repos["models", "me/sofas"].files()
+        repo = f"me/sofas-{local_base.layout.base_model_class}"  # the client's cache outlives this Hub
+        push_adapter(model, repo, token=token)
+        files = hub.repos["models", repo].files()
         assert {"adapter_config.json", "adapter_model.safetensors", "base_model/config.json", "README.md"} <= set(files)
-        assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "me/sofas"
+        assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == repo
         card = files["README.md"].decode()
         assert "| seed | 5 |" in card and str(tmp_path) not in card
         names = {}
         exec(card.split("```python")[1].split("```")[0], names)
         assert isinstance(names["model"], PeftModel)
+        assert type(names["base"]) is type(model.get_base_model())
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+            assert torch.equal(get_peft_model_state_dict(names["model"], save_embedding_layers=False)[name], tensor)
+
+    @pytest.mark.parametrize(
+        ("encoder", "phrase", "call"),
+        [
+            ({"kind": "clip", "projected": True}, "a sentence (or a handful of pictures, `images=[...]`)", "'about cats'"),
+            ({"kind": "clip", "projected": False}, "a sentence", "'about cats'"),
+            ({"kind": "sentence"}, "a sentence", "'about cats'"),
+            ({"kind": "hidden_state"}, "a handful of examples", "examples=[...]"),
+            ({"kind": "hidden_state", "prompt": "<OD>"}, "a handful of pictures", "images=[...]"),
+            (None, "a task vector", "task_vector=vector"),
+        ],
+    )
+    def test_says_what_the_encoder_reads(self, tmp_path, layout, encoder, phrase, call):
+        model = generator(layout, encoder=encoder and {"checkpoint": "somewhere", "dim": CONDITION_DIM, "sha256": "0" * 64, **encoder})
+        model.save_pretrained(tmp_path)
+        text = generator_card(model.config, repo_id=REPO, folder=tmp_path).text
+        assert f"turns\n{phrase} into a LoRA adapter" in text and f"generate_adapter({call})" in text and "None" not in text
+
+    def test_tells_the_hub_what_the_base_does(self, layout):
+        tag = {"LlamaForCausalLM": "text-generation", "Florence2ForConditionalGeneration": "image-text-to-text"}[layout.base_model_class]
+        assert adapter_card(layout.to_dict()).data.pipeline_tag == tag
+        nameless = {**llama_layout().to_dict(), "base_model_class": None}  # as peft saves an adapter that has a task type
+        assert adapter_card(nameless).data.pipeline_tag == "text-generation"
+        assert adapter_card({**layout.to_dict(), "base_model_class": "BertModel"}).data.pipeline_tag is None
+
+    @pytest.mark.parametrize(("images", "row"), [(1, "| 1 picture |"), (10, "| 10 pictures |")])
+    def test_says_how_many_pictures_an_adapter_was_generated_from(self, layout, images, row):
+        card = adapter_card(layout.to_dict(), images=images)
+        assert f"| generated from {row}" in card.text and card.data.icm == {"images": images} and "None" not in card.text
 
     def test_templates_are_found(self):
         assert {file.name for file in cards_folder().glob("*.md")} == {"adapter.md", "collection.md", "generator.md"}

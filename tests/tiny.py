@@ -4,10 +4,12 @@ import functools
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    CLIPImageProcessor,
     Florence2Config,
     Florence2ForConditionalGeneration,
+    Florence2Processor,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -29,7 +31,7 @@ def llama_lora(r=2, layers=2, dtype=torch.float32, **kwargs):
     return get_peft_model(llama(layers, **kwargs).to(dtype), config, autocast_adapter_dtype=False)
 
 
-def florence(vocab_size=128):
+def florence(vocab_size=128, image_token_id=51289):
     tiny = {
         "vision_config": {
             "embed_dim": [8, 16], "depths": [1, 1], "num_heads": [1, 2], "num_groups": [1, 2], "patch_size": [7, 3],
@@ -40,7 +42,7 @@ def florence(vocab_size=128):
             "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": vocab_size,
         },
     }  # fmt: skip
-    return Florence2ForConditionalGeneration(Florence2Config(**tiny))
+    return Florence2ForConditionalGeneration(Florence2Config(**tiny, image_token_id=image_token_id))
 
 
 def florence_lora(r=1):
@@ -78,6 +80,29 @@ def tokenizer():
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@functools.cache
+def florence_processor():
+    """32 x 32 pictures, bytes as tokens, and Florence-2's own special tokens, with BART's numbers for <s>, <pad> and </s>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<s>", "<pad>", "</s>", *alphabet])}
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    reader = PreTrainedTokenizerFast(tokenizer_object=bpe, **names, extra_special_tokens={"image_token": "<image>"})
+    locations = [f"<loc_{number}>" for number in range(1000)]
+    reader.add_tokens([AddedToken(token, normalized=False) for token in ["<od>", "</od>", *locations, "<sep>"]], special_tokens=True)
+    # The model's stem and second stage stride by 4 and 2: 4 x 4 patches, and one token for their mean.
+    pictures = CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False, image_seq_length=17)
+    return Florence2Processor(pictures, reader, post_processor_config={"pure_text": {}, "description_with_bboxes": {}})
+
+
+def florence_reader():
+    """A Florence-2 that fits `florence_processor()`."""
+    processor = florence_processor()
+    return florence(len(processor.tokenizer), processor.image_token_id)
 
 
 TEXTS = [

@@ -7,10 +7,10 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 PREFIX = "base_model.model."
+KeyMap = Sequence[tuple[str, str]]
+T = TypeVar("T")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # What makes two LoRA configurations different functions of the same tensors; the rest (dropout, init, ...) only matters in training.
@@ -36,6 +38,26 @@ _IN_OUT = (
 def _natural(key: str) -> list[tuple[int, int | str]]:
     """Sort key that puts `layers.2` before `layers.10`: safetensors files come back in alphabetical order."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", key) if part]
+
+
+def map_keys(tensors: Mapping[str, T], key_map: KeyMap) -> dict[str, T]:
+    """Rename the tensors of an adapter that was trained on another module tree of the same model.
+
+    Args:
+        tensors (`Mapping`): By their keys.
+        key_map (`Sequence[tuple[str, str]]`): (regex, replacement) pairs, applied to each key in turn as `re.sub` does. A key that
+            becomes empty is left out.
+
+    Returns:
+        `dict`: The same values by their new keys.
+    """
+    mapped = {}
+    for key, value in tensors.items():
+        for pattern, replacement in key_map:
+            key = re.sub(pattern, replacement, key)
+        if key:
+            mapped[key] = value
+    return mapped
 
 
 def _json_config(config: LoraConfig) -> dict[str, Any]:
@@ -125,11 +147,13 @@ class AdapterLayout:
         return cls._build({key: tuple(tensor.shape) for key, tensor in state_dict.items()}, dtypes, config, base_model_class)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **hub_kwargs: Any) -> AdapterLayout:
+    def from_pretrained(cls, folder: str | Path, *, key_map: KeyMap = (), **hub_kwargs: Any) -> AdapterLayout:
         """Derive the layout from a saved PEFT adapter; only the header of its safetensors file is read.
 
         Args:
             folder (`str` or `Path`): A local folder or a Hub id.
+            key_map (`Sequence[tuple[str, str]]`, *optional*): See [`map_keys`]; for adapters of another module tree. The names in the
+                adapter's configuration stay as they are.
             **hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Raises:
@@ -144,7 +168,7 @@ class AdapterLayout:
         config = LoraConfig.from_pretrained(str(path))
         try:
             with safe_open(weights, framework="pt") as file:
-                headers = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+                headers = map_keys({key: file.get_slice(key) for key in file.keys()}, key_map)  # noqa: SIM118 - no mapping
                 shapes = {key: tuple(header.get_shape()) for key, header in headers.items()}
                 dtypes = {_SAFETENSORS_DTYPES.get(header.get_dtype(), header.get_dtype()) for header in headers.values()}
         except SafetensorError as error:
@@ -302,10 +326,16 @@ class AdapterLayout:
                 raise ValueError(f"{key}: expected shape {shape}, found a base model that needs {found}.")
         config, known = self.lora_config(), set(self.modules)
         for name in modules:
-            if name not in known and check_target_module_exists(config, name):
+            targeted = bool(check_target_module_exists(config, name))
+            if targeted and name not in known:
                 raise ValueError(
                     f"{PREFIX}{name}.lora_A.weight: expected no such module, found one in the base model, which has more"
                     f" LoRA targets than the layout's {len(known)}."
+                )
+            if name in known and not targeted:
+                raise ValueError(
+                    f"{PREFIX}{name}.lora_A.weight: expected target_modules that name this module, found {config.target_modules}."
+                    " Correct them in the adapter's adapter_config.json."
                 )
 
     # ------------------------------------------------------------------ JSON

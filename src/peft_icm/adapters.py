@@ -10,9 +10,10 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -26,6 +27,7 @@ from .adapter_layout import AdapterLayout, same_function
 from .hub import BASE_FOLDER, CARD, adapter_card, copy_base, push_folder
 
 logger = logging.getLogger(__name__)
+Model = TypeVar("Model", PreTrainedModel, PeftModel)
 
 
 def load_base(layout: AdapterLayout, name: str, revision: str | None, **base_model_kwargs: Any) -> PreTrainedModel:
@@ -51,9 +53,36 @@ def load_base(layout: AdapterLayout, name: str, revision: str | None, **base_mod
 
 
 def share_tensors(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model of its own modules on the same parameters and buffers: adapters of the one never reach the other."""
+    """A second model of its own modules on the same parameters and buffers: adapters of the one never reach the other.
+
+    Only a merge does, which writes into the parameters: [`untie`] the model before.
+    """
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def untie(model: Model) -> Model:
+    """Give a model weights of its own, in place, wherever a merged LoRA would reach further than the module it is on.
+
+    A merge writes into the weight of the base. Many models share one weight between input and output embeddings, and the models that a
+    generator returns share all weights of its own base: both would change too. So: `untie(model).merge_and_unload()`.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The output embeddings, and every module that carries a LoRA, get a copy of their weight.
+
+    Returns:
+        `PreTrainedModel` or `PeftModel`: `model`, with `tie_word_embeddings=False` in its config, so that saving keeps both embeddings.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head: Any = base.get_output_embeddings()
+    for module in base.modules():
+        if module is head or isinstance(module, LoraLayer):
+            layer: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
+            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
+    base.config.tie_word_embeddings = False
+    ties = base.all_tied_weights_keys.items()
+    base.all_tied_weights_keys = {target: source for target, source in ties if base.get_submodule(target.rpartition(".")[0]) is not head}
+    return model
 
 
 def attach(
@@ -68,7 +97,8 @@ def attach(
     """Put an adapter onto a base model and make it the active one.
 
     A `PreTrainedModel` is wrapped in place, as `peft.get_peft_model` does. On a `PeftModel` the named adapter is added, or, where that
-    name is there with the same layout, its values are swapped in place without a new injection.
+    name is there with the same layout, its values are swapped in place without a new injection. Where a target shares its weight with
+    another module, such as a tied `lm_head`, a warning says so: [`untie`] the model before merging.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The base.
@@ -105,6 +135,7 @@ def _add(
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     layout.check_base(base)
     _warn_of_another_base(base, layout)
+    _warn_of_shared_weights(base, layout)
     config = layout.lora_config()
     config.inference_mode = not is_trainable
     config.base_model_name_or_path = base.name_or_path or layout.base_model_name_or_path
@@ -184,6 +215,19 @@ def _warn_of_another_base(base: PreTrainedModel, layout: AdapterLayout) -> None:
     found = getattr(base.config, "_commit_hash", None)
     if found and layout.revision and not found.startswith(layout.revision):
         warnings.warn(f"The adapter was made for revision {layout.revision} of {wanted}, the base is {found}.", stacklevel=5)
+
+
+def _warn_of_shared_weights(base: PreTrainedModel, layout: AdapterLayout) -> None:
+    """Only at the first injection: a module that carries a LoRA has its weight one level deeper, and has been warned of."""
+    weights = dict(base.named_parameters(remove_duplicate=False))
+    owners = Counter(map(id, weights.values()))
+    shared = [name for name in layout.modules if owners[id(weights.get(f"{name}.weight"))] > 1]
+    if shared:
+        warnings.warn(
+            f"{shared[0]} shares its weight with another module, and merging the adapter would change both: call"
+            " peft_icm.adapters.untie(model) before merge_and_unload or merge_adapter.",
+            stacklevel=5,
+        )
 
 
 def _provenance(model: PeftModel) -> dict[str, dict[str, Any]]:

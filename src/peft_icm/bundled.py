@@ -1,4 +1,4 @@
-"""What travels inside the package: a small generator with its base, held-out text and the tasks' own LoRAs."""
+"""What travels inside the package: small generators with base, held-out data and the tasks' own LoRAs, and the encoder they share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def bundled_folder(name: str) -> Path:
     """
     folder = BUNDLES / name
     if not (folder / "generator" / "config.json").is_file():
-        names = sorted(path.name for path in BUNDLES.iterdir() if path.is_dir())
+        names = sorted(path.parents[1].name for path in BUNDLES.glob("*/generator/config.json"))
         raise ValueError(f"There is no bundled generator {name!r}: choose one of {', '.join(names)}.")
     return folder
 
@@ -45,3 +45,21 @@ def bundled_generator(name: str) -> str:
     ```
     """
     return str(bundled_folder(name) / "generator")
+
+
+def bundled_encoder() -> str:
+    """The folder of the encoder that the bundled generators share, for [`ClipEncoder.from_pretrained`].
+
+    Returns:
+        `str`: Path of the folder.
+
+    Example:
+
+    ```python
+    >>> from peft_icm.conditioning import ClipEncoder
+    >>> ClipEncoder.from_pretrained(bundled_encoder()).dim
+    384
+
+    ```
+    """
+    return str(BUNDLES / "encoder")

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, PrinterCallback
 
 from . import __version__
 from .adapters import push_adapter, save_adapter
-from .bundled import bundled_generator
+from .bundled import bundled_encoder, bundled_generator
 from .collecting import CollectingArguments, collect
 from .collection import AdapterCollection
-from .conditioning import ENCODERS, ClipTextEncoder, TaskEncoder
+from .conditioning import ENCODERS, ClipEncoder, TaskEncoder
 from .configuration_icm import ARCHITECTURES, ICMConfig
 from .demo import run_demo
 from .evaluation import evaluate_generator
@@ -40,8 +40,8 @@ def _generator(name: str, **kwargs: Any) -> ICMGenerator:
 
 def _encoder(name: str) -> TaskEncoder:
     """`bundled:text`, or `kind:checkpoint`."""
-    if name.startswith(BUNDLED):
-        return ClipTextEncoder.from_pretrained(str(Path(bundled_generator(name.removeprefix(BUNDLED))) / "encoder"))
+    if name == f"{BUNDLED}text":
+        return ClipEncoder.from_pretrained(bundled_encoder())
     kind, _, checkpoint = name.partition(":")
     if kind not in ENCODERS or not checkpoint:
         raise ValueError(f"--encoder {name!r} must be bundled:text or KIND:CHECKPOINT with KIND one of {', '.join(sorted(ENCODERS))}.")
@@ -122,12 +122,13 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def generate(args: argparse.Namespace) -> dict[str, Any]:
-    """A sentence (or examples) becomes a PEFT folder."""
+    """A sentence (or examples, or pictures) becomes a PEFT folder."""
     generator = _generator(args.generator, revision=args.revision, token=args.token)
     model = generator.generate_adapter(
         args.text,
         args.base_model,
         examples=args.example,
+        images=args.image,
         temperature=args.temperature,
         generator=torch.Generator().manual_seed(args.seed),
     )
@@ -240,6 +241,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("text", nargs="?", help="what the adapter is for")
     p.add_argument("-o", "--output", required=True, help="folder of the adapter")
     p.add_argument("--example", action="append", help="an example of the task instead of a text; may be repeated")
+    p.add_argument(
+        "--image", metavar="FILE", action="append", help="a picture of the task, instead of a text or beside it; may be repeated"
+    )
     p.add_argument("--base-model", default=None, help="Hub id or folder of the base; by default the generator's own")
     p.add_argument("--seed", type=int, default=0, help="seed of z")
     p.add_argument("--temperature", type=float, default=1.0, help="standard deviation of z")

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .adapter_layout import AdapterLayout
-from .conditioning import TaskEncoder
+from .adapter_layout import AdapterLayout, KeyMap, map_keys
+from .conditioning import Picture, TaskEncoder, open_images
 from .gauge import canonicalize
 from .hub import collection_card, push_folder, resolve
 
@@ -34,7 +34,7 @@ class AdapterCollection:
         layout ([`AdapterLayout`]): One for all adapters.
         snapshots (`dict[str, Tensor]`): `[K, P]` for each task, oldest first; the last is the task's own LoRA.
         descriptions (`dict[str, list[str]]`): Sentences that ask for the task.
-        task_vectors (`dict[str, Tensor]`): `[M, d]` fp32 for each task, one for each description or example.
+        task_vectors (`dict[str, Tensor]`): `[M, d]` fp32 for each task, one for each description, example or picture.
         encoder (`dict`, *optional*): Config of the encoder that made them.
         metadata (`dict`): How the collection was made; JSON-able.
 
@@ -71,27 +71,45 @@ class AdapterCollection:
         """`[P]`: the last snapshot, the task's own LoRA."""
         return self.snapshots[task][-1]
 
-    def encode(self, encoder: TaskEncoder, examples: dict[str, Sequence[str]] | None = None) -> None:
-        """Compute the task vectors.
+    def encode(
+        self,
+        encoder: TaskEncoder,
+        examples: Mapping[str, Sequence[str]] | None = None,
+        images: Mapping[str, Sequence[Picture]] | None = None,
+    ) -> None:
+        """Compute the task vectors; those of a task's descriptions and of its pictures stand together, so that either is learned.
 
         Args:
-            encoder (`TaskEncoder`): Reads the descriptions, or the examples.
-            examples (`dict[str, Sequence[str]]`, *optional*): Examples of each task, for encoders that read examples.
+            encoder (`TaskEncoder`): Reads the descriptions, the examples or the pictures.
+            examples (`Mapping[str, Sequence[str]]`, *optional*): Examples of each task, for encoders that read examples.
+            images (`Mapping[str, Sequence[PIL.Image.Image, str or Path]]`, *optional*): Pictures of each task or their paths, for
+                encoders that read pictures.
 
         Raises:
             `ValueError`: If a task has nothing that this encoder reads.
         """
-        sources = self.descriptions if encoder.accepts == "text" else examples or {}
+        sources: dict[str, Mapping[str, Sequence[Any]]] = {"text": self.descriptions, "examples": examples or {}, "images": images or {}}
+        read = {name: sources[name] for name in encoder.accepts}
         for task in self.tasks:
-            if not sources.get(task):
-                raise ValueError(f"The {encoder.kind} encoder reads {encoder.accepts}; task {task!r} has none.")
-        self.task_vectors = {task: encoder.encode(list(sources[task])) for task in self.tasks}
+            if not any(source.get(task) for source in read.values()):
+                raise ValueError(f"The {encoder.kind} encoder reads {' or '.join(read)}; task {task!r} has none.")
+        vectors = {}
+        for task in self.tasks:
+            parts = [open_images(source[task]) if name == "images" else source[task] for name, source in read.items() if source.get(task)]
+            vectors[task] = torch.cat([encoder.encode(part) for part in parts])
+        self.task_vectors = vectors
         self.encoder = dict(encoder.config)
 
     # ------------------------------------------------------------------ made from LoRAs that exist
     @classmethod
     def from_adapters(
-        cls, adapters: Sequence[str | Path], descriptions: Sequence[str | list[str]], *, gauge: bool = True, **hub_kwargs: Any
+        cls,
+        adapters: Sequence[str | Path],
+        descriptions: Sequence[str | list[str]],
+        *,
+        gauge: bool = True,
+        key_map: KeyMap = (),
+        **hub_kwargs: Any,
     ) -> AdapterCollection:
         """Make a collection of LoRAs that exist already.
 
@@ -99,6 +117,8 @@ class AdapterCollection:
             adapters (`Sequence[str or Path]`): Folders or Hub ids of PEFT LoRAs of one layout.
             descriptions (`Sequence[str or list[str]]`): One sentence, or several, for each.
             gauge (`bool`, defaults to `True`): Put every pair of factors into the balanced gauge; the products BA do not change.
+            key_map (`Sequence[tuple[str, str]]`, *optional*): (regex, replacement) pairs for the keys of adapters that were trained on
+                another module tree, such as [`FLORENCE2_KEY_MAP`]; see [`map_keys`].
             **hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Returns:
@@ -114,11 +134,11 @@ class AdapterCollection:
         texts: dict[str, list[str]] = {}
         for adapter, description in zip(adapters, descriptions, strict=True):
             folder = resolve(str(adapter), allow_patterns=["adapter_*"], **hub_kwargs)
-            found = AdapterLayout.from_pretrained(folder)
+            found = AdapterLayout.from_pretrained(folder, key_map=key_map)
             layout = layout or found
             if found.fingerprint != layout.fingerprint:
                 raise ValueError(f"{adapter} has another layout than {adapters[0]}: {layout.difference(found)}.")
-            state_dict = load_file(folder / "adapter_model.safetensors")
+            state_dict = map_keys(load_file(folder / "adapter_model.safetensors"), key_map)
             name = Path(str(adapter)).name
             if name in snapshots:
                 raise ValueError(f"Two adapters are named {name!r}: rename a folder.")

@@ -1,4 +1,4 @@
-"""What a generator does with a task: text or examples -> task vector -> adapter on a base model."""
+"""What a generator does with a task: text, examples or pictures -> task vector -> adapter on a base model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .adapter_layout import AdapterLayout
 from .adapters import attach, load_base, share_tensors
-from .conditioning import TaskEncoder, load_task_encoder
+from .conditioning import Picture, TaskEncoder, load_task_encoder, open_images
 from .configuration_icm import ICMConfig
 from .hub import resolve
 
@@ -38,10 +38,8 @@ class AdapterMixin:
         if "encoder" not in self._lazy:
             if self.config.encoder is None:
                 raise ValueError("This generator names no task encoder: pass task_vector= (Tensor [d]).")
-            folder = None
-            if self.config.encoder.get("folder"):
-                folder = self._resolve(self.config.encoder["folder"])
-            self._lazy["encoder"] = load_task_encoder(self.config.encoder, str(folder) if folder else None)
+            folder = self.config.encoder.get("folder")
+            self.encoder = load_task_encoder(self.config.encoder, self._resolve(folder) if folder else None)
         return self._lazy["encoder"]
 
     @encoder.setter
@@ -52,37 +50,58 @@ class AdapterMixin:
                 f"This generator was trained with the {self.config.encoder['kind']} encoder of sha256 {wanted[:12]}, found"  # type: ignore[index]
                 f" {encoder.config['kind']} of {encoder.config['sha256'][:12]}. Pass the encoder it names."
             )
+        if encoder.dim != self.config.condition_dim:
+            raise ValueError(
+                f"This generator's condition_dim is {self.config.condition_dim}, the {encoder.kind} encoder's task vectors have"
+                f" {encoder.dim} numbers: they must be one. Pass the encoder that it was trained with."
+            )
         self._lazy["encoder"] = encoder
 
-    def task_vector(self, text: str | None = None, *, examples: Sequence[str] | None = None, task_vector: Tensor | None = None) -> Tensor:
-        """The task vector of exactly one of a sentence, examples of the task, or a vector.
+    def task_vector(
+        self,
+        text: str | None = None,
+        *,
+        examples: Sequence[str] | None = None,
+        images: Sequence[Picture] | None = None,
+        task_vector: Tensor | None = None,
+    ) -> Tensor:
+        """The task vector of a sentence, of pictures, of both, of examples of the task, or a vector as it is.
 
         Args:
-            text (`str`, *optional*): A sentence, for encoders that accept text.
+            text (`str`, *optional*): A sentence, for encoders that read text.
             examples (`Sequence[str]`, *optional*): Examples of the task, whose states are averaged (Eq. 1).
+            images (`Sequence[PIL.Image.Image, str or Path]`, *optional*): Pictures of the task or their paths, whose vectors are
+                averaged; beside a text, the two means are averaged.
             task_vector (`Tensor`, *optional*): `[d]`, returned as it is.
 
         Returns:
             `Tensor`: `[d]` fp32.
 
         Raises:
-            `ValueError`: If none or several are given, or not the one that this generator's encoder accepts.
+            `ValueError`: If nothing is given, or something that this generator's encoder does not read.
         """
-        given = {name: value for name, value in [("text", text), ("examples", examples), ("task_vector", task_vector)] if value is not None}
-        if len(given) != 1:
-            raise ValueError(f"Pass exactly one of text, examples and task_vector, found {sorted(given) or 'none'}.")
-        if task_vector is not None:
+        arguments = {"text": text, "examples": examples, "images": images, "task_vector": task_vector}
+        given = [name for name, value in arguments.items() if value is not None]
+        if task_vector is not None and len(given) == 1:
             return task_vector
-        (name,) = given
-        if self.encoder.accepts != name:
-            raise ValueError(f"This generator's {self.encoder.kind} encoder reads {self.encoder.accepts}=, not {name}=.")
+        reads = self.encoder.accepts
+        if not given or not set(given) <= set(reads):
+            raise ValueError(
+                f"Pass what this generator's {self.encoder.kind} encoder reads, {' and/or '.join(f'{name}=' for name in reads)}, or"
+                f" task_vector= alone; found {' and '.join(f'{name}=' for name in given) or 'none of them'}."
+            )
+        vectors = []
         if text is not None:
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"text={text!r} must be a non-empty sentence, such as 'detect sofas'.")
-            return self.encoder.encode([text])[0]
-        if isinstance(examples, str) or not examples:
-            raise ValueError(f"examples={examples!r} must be a non-empty list of strings.")
-        return self.encoder.encode(list(examples)).mean(0)
+            vectors.append(self.encoder.encode([text])[0])
+        if examples is not None:
+            if isinstance(examples, str) or not examples:
+                raise ValueError(f"examples={examples!r} must be a non-empty list of strings.")
+            vectors.append(self.encoder.average(self.encoder.encode(examples)))
+        if images is not None:
+            vectors.append(self.encoder.average(self.encoder.encode(open_images(images))))
+        return vectors[0] if len(vectors) == 1 else self.encoder.average(torch.stack(vectors))
 
     # ------------------------------------------------------------------ adapters
     def generate_state_dict(
@@ -90,6 +109,7 @@ class AdapterMixin:
         text: str | None = None,
         *,
         examples: Sequence[str] | None = None,
+        images: Sequence[Picture] | None = None,
         task_vector: Tensor | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
@@ -97,14 +117,14 @@ class AdapterMixin:
         """Generate the tensors of one adapter; no base model is needed.
 
         Args:
-            text, examples, task_vector: Exactly one of them, see [`~ICMGenerator.task_vector`].
+            text, examples, images, task_vector: See [`~ICMGenerator.task_vector`].
             temperature (`float`, defaults to 1.0): See [`~ICMGenerator.sample`].
             generator (`torch.Generator`, *optional*): Source of z.
 
         Returns:
             `dict[str, Tensor]`: Keys and shapes of the layout, on the CPU, as `peft.set_peft_model_state_dict` takes them.
         """
-        condition = self.task_vector(text, examples=examples, task_vector=task_vector)
+        condition = self.task_vector(text, examples=examples, images=images, task_vector=task_vector)
         return self.layout.unflatten(self.sample(condition, 1, generator, temperature)[0].cpu())
 
     def generate_adapter(
@@ -113,6 +133,7 @@ class AdapterMixin:
         base_model: str | os.PathLike[str] | PreTrainedModel | PeftModel | None = None,
         *,
         examples: Sequence[str] | None = None,
+        images: Sequence[Picture] | None = None,
         task_vector: Tensor | None = None,
         adapter_name: str = "default",
         temperature: float = 1.0,
@@ -128,6 +149,7 @@ class AdapterMixin:
                 trained for, once; every call gives a model of its own on the same frozen tensors. An id or folder is loaded. A
                 `PreTrainedModel` is wrapped in place. On a `PeftModel` the named adapter is added, or swapped where it is there.
             examples (`Sequence[str]`, *optional*): Examples of the task instead of a text.
+            images (`Sequence[PIL.Image.Image, str or Path]`, *optional*): Pictures of the task, instead of a text or beside it.
             task_vector (`Tensor`, *optional*): `[d]` instead of a text.
             adapter_name (`str`, defaults to `"default"`): Name of the adapter.
             temperature (`float`, defaults to 1.0): Standard deviation of z.
@@ -139,13 +161,13 @@ class AdapterMixin:
             `PeftModel`: A native one, in eval mode unless `is_trainable`.
 
         Raises:
-            `ValueError`: If the input is not what the encoder accepts, or the base does not fit the layout.
+            `ValueError`: If the input is not what the encoder reads, or the base does not fit the layout.
         """
         state_dict = self.generate_state_dict(
-            text, examples=examples, task_vector=task_vector, temperature=temperature, generator=generator
+            text, examples=examples, images=images, task_vector=task_vector, temperature=temperature, generator=generator
         )
         model = self._base_for(base_model, base_model_kwargs)
-        facts = self._facts(text, temperature, generator)
+        facts = self._facts(text, temperature, generator, images)
         return attach(model, self.layout, state_dict, adapter_name=adapter_name, is_trainable=is_trainable, provenance=facts)
 
     def generate_adapters(
@@ -193,10 +215,13 @@ class AdapterMixin:
         model.set_adapter(names[0], inference_mode=not is_trainable)
         return model
 
-    def _facts(self, text: str | None, temperature: float, generator: torch.Generator | None) -> dict[str, Any]:
+    def _facts(
+        self, text: str | None, temperature: float, generator: torch.Generator | None, images: Sequence[Picture] | None = None
+    ) -> dict[str, Any]:
         return {
             "generator": self._source.get("name"),
             "text": text,
+            "images": len(images) if images is not None else None,
             "seed": generator.initial_seed() if generator is not None else None,
             "temperature": temperature,
         }
@@ -236,9 +261,11 @@ class AdapterMixin:
         return self.layout.base_model_name_or_path, self.layout.revision
 
     def _resolve(self, folder: str) -> Path:
-        """The local path of a folder inside this generator's own repo; downloaded where it lives on the Hub."""
+        """The local path of a folder that travels with this generator; downloaded, and inside its repo, where that is on the Hub."""
         options = dict(self._source)
         if "name" not in options:
             raise ValueError(f"The generator's {folder}/ is found only after save_pretrained and from_pretrained.")
+        if not os.path.isdir(options["name"]) and (".." in Path(folder).parts or Path(folder).is_absolute()):
+            raise ValueError(f"{options['name']} names the folder {folder!r}, outside its own repo: it is not followed there.")
         path = os.path.join(options.pop("subfolder", ""), folder)
         return resolve(options.pop("name"), allow_patterns=[f"{path}/*"], **options) / path

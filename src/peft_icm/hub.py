@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from .adapter_layout import AdapterLayout
 from .configuration_icm import ICMConfig
@@ -28,6 +29,11 @@ from .configuration_icm import ICMConfig
 BASE_FOLDER = "base_model"
 CARD = "README.md"
 MARK = re.compile(r"\n<!-- written by peft_icm, sha256 ([0-9a-f]{64}) -->\n*$")
+# The Hub's pipeline tags by the classes of base models; a class that reads pictures and text may be listed under both.
+_PIPELINES = {
+    "image-text-to-text": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "text-generation": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+}
 
 
 def cards_folder() -> Path:
@@ -190,7 +196,7 @@ def generator_card(config: ICMConfig, *, repo_id: str, folder: str | os.PathLike
     metrics = training.get("metrics") or []
     accepts = _accepts(encoder)
     first = next((task["description"] for task in config.tasks or [] if task.get("description")), "what you need")
-    calls = {"text": repr(first), "examples": "examples=[...]"}
+    calls = {"text": repr(first), "examples": "examples=[...]", "images": "images=[...]"}
     model_name = repo_id.split("/")[-1]
     data = ModelCardData(
         library_name="peft_icm",
@@ -199,7 +205,7 @@ def generator_card(config: ICMConfig, *, repo_id: str, folder: str | os.PathLike
         model_name=model_name if metrics else None,
         eval_results=[
             EvalResult(
-                task_type="text-generation" if layout.peft_config.get("task_type") == "CAUSAL_LM" else "other",
+                task_type=_pipeline(layout) or "other",
                 dataset_type="peft_icm",
                 dataset_name=metric["dataset"],
                 metric_type=metric["type"],
@@ -216,6 +222,7 @@ def generator_card(config: ICMConfig, *, repo_id: str, folder: str | os.PathLike
         title=model_name,
         repo_id=repo_id,
         accepts=accepts,
+        pictures_too=encoder.get("kind") == "clip" and encoder["projected"],
         call=calls.get(accepts, "task_vector=vector"),
         base=base,
         base_class=layout.base_model_class,
@@ -241,6 +248,7 @@ def adapter_card(
     text: str | None = None,
     seed: int | None = None,
     temperature: float | None = None,
+    images: int | None = None,
     repo_id: str | None = None,
     base_subfolder: str | None = None,
 ) -> ModelCard:
@@ -252,20 +260,20 @@ def adapter_card(
         text (`str`, *optional*): The sentence.
         seed (`int`, *optional*): Seed of z.
         temperature (`float`, *optional*): Standard deviation of z.
+        images (`int`, *optional*): Number of pictures it was generated from.
         repo_id (`str`, *optional*): Where it will live.
         base_subfolder (`str`, *optional*): Where the base lies inside that repo.
 
     Returns:
         `huggingface_hub.ModelCard`
     """
-    facts = {"generator": generator, "text": text, "seed": seed, "temperature": temperature}
+    facts = {"generator": generator, "text": text, "images": images, "seed": seed, "temperature": temperature}
     found = AdapterLayout.from_dict(dict(layout))
     base = repo_id if base_subfolder else found.base_model_name_or_path
-    pipeline = "text-generation" if found.peft_config.get("task_type") == "CAUSAL_LM" else None
     data = ModelCardData(
         library_name="peft",
         base_model=_hub_id(base) if not base_subfolder else None,
-        pipeline_tag=pipeline,
+        pipeline_tag=_pipeline(found),
         tags=["lora", "icm", "generated"],
         icm={name: value for name, value in facts.items() if value is not None} or None,
     )
@@ -317,10 +325,19 @@ def _lora(layout: AdapterLayout) -> dict[str, Any]:
     return {"r": config.r, "lora_alpha": config.lora_alpha, "targets": named, "numel": layout.numel, "dtype": layout.dtype}
 
 
+def _pipeline(layout: AdapterLayout) -> str | None:
+    """What the base model does, by its class; where peft left the class out of the adapter's config, by peft's own task type."""
+    if layout.base_model_class is None:
+        return "text-generation" if layout.peft_config.get("task_type") == "CAUSAL_LM" else None
+    return next((tag for tag, classes in _PIPELINES.items() if layout.base_model_class in classes.values()), None)
+
+
 def _accepts(encoder: Mapping[str, Any]) -> str:
     if not encoder:
         return "task_vector"
-    return "examples" if encoder["kind"] == "hidden_state" else "text"
+    if encoder["kind"] == "hidden_state":
+        return "images" if "prompt" in encoder else "examples"
+    return "text"
 
 
 def _encoder_line(encoder: Mapping[str, Any]) -> str:

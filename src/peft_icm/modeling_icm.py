@@ -20,6 +20,8 @@ from .generation import AdapterMixin, Generators
 from .hub import BASE_FOLDER, copy_base, generator_card, push_folder
 from .networks import NETWORKS, ContextAttention, Statistics
 
+ENCODER_FOLDER = "encoder"
+
 
 @dataclass
 class ICMOutput(ModelOutput):
@@ -251,9 +253,16 @@ class ICMGenerator(AdapterMixin, PreTrainedModel):
                 [`~ICMGenerator.push_to_hub`] does.
             **kwargs: As in transformers.
         """
-        if self.config.encoder and self.config.encoder.get("folder") and kwargs.get("is_main_process", True):
-            self.encoder.save_pretrained(os.path.join(save_directory, self.config.encoder["folder"]))
-        super().save_pretrained(save_directory, **kwargs)
+        live = self.config.encoder
+        if live and live.get("folder"):
+            if kwargs.get("is_main_process", True):
+                self.encoder.save_pretrained(Path(save_directory) / ENCODER_FOLDER)
+            # Where this generator found its encoder may be outside of the folder; what is saved has its own.
+            self.config.encoder = {**live, "folder": ENCODER_FOLDER}
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.config.encoder = live
         if with_base_model:
             self._copy_base_model(Path(save_directory))
 

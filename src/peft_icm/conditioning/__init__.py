@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .base import TaskEncoder
-from .clip import ClipTextEncoder
+from .base import Picture, TaskEncoder, open_images
+from .clip import ClipEncoder
 from .hidden_state import HiddenStateEncoder
 from .sentence import SentenceEncoder
 
-__all__ = ["ClipTextEncoder", "HiddenStateEncoder", "SentenceEncoder", "TaskEncoder", "load_task_encoder"]
+__all__ = ["ClipEncoder", "HiddenStateEncoder", "Picture", "SentenceEncoder", "TaskEncoder", "load_task_encoder", "open_images"]
 
-ENCODERS: dict[str, type[TaskEncoder]] = {encoder.kind: encoder for encoder in (ClipTextEncoder, HiddenStateEncoder, SentenceEncoder)}
+ENCODERS: dict[str, type[TaskEncoder]] = {encoder.kind: encoder for encoder in (ClipEncoder, HiddenStateEncoder, SentenceEncoder)}
 
 
 def load_task_encoder(config: Mapping[str, Any], folder: str | Path | None = None) -> TaskEncoder:

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+
+Item = str | Image.Image
+Picture = Image.Image | str | os.PathLike[str]
+READS: dict[str, tuple[type, str]] = {  # argument -> what its items are
+    "text": (str, "non-empty strings"),
+    "examples": (str, "non-empty strings"),
+    "images": (Image.Image, "PIL images"),
+}
 
 
 class TaskEncoder(ABC):
-    """Turns texts or examples into task vectors.
+    """Turns texts, examples or pictures into task vectors.
 
     Attributes:
         kind (`str`): Name of the kind in a generator's config.
-        accepts (`str`): `"text"` or `"examples"`: the argument of [`ICMGenerator.generate_adapter`] that it reads.
+        accepts (`tuple[str, ...]`): Which of `"text"`, `"examples"` and `"images"` it reads: arguments of
+            [`ICMGenerator.generate_adapter`].
         config (`dict`): `kind`, `checkpoint`, `dim`, `sha256` and the options of the kind, JSON-able.
     """
 
     kind: ClassVar[str]
-    accepts: ClassVar[str]
+    accepts: tuple[str, ...]
     config: dict[str, Any]
 
     @classmethod
@@ -35,8 +47,8 @@ class TaskEncoder(ABC):
         """Write a copy that `from_pretrained` loads from wherever the folder is moved."""
 
     @abstractmethod
-    def _embed(self, items: list[str]) -> Tensor:
-        """`[len(items), dim]` of one batch."""
+    def _embed(self, items: list[Any]) -> Tensor:
+        """`[len(items), dim]` of one batch, either strings or pictures."""
 
     @property
     def dim(self) -> int:
@@ -44,26 +56,68 @@ class TaskEncoder(ABC):
         return self.config["dim"]
 
     @torch.inference_mode()
-    def encode(self, items: Sequence[str], batch_size: int = 64) -> Tensor:
-        """Encode texts.
+    def encode(self, items: Sequence[Item], batch_size: int = 64) -> Tensor:
+        """Encode texts or pictures.
 
         Args:
-            items (`Sequence[str]`): Non-empty strings.
+            items (`Sequence[str]` or `Sequence[PIL.Image.Image]`): All non-empty strings or, where `accepts` has `"images"`, all
+                pictures. A path is a string like any other: see [`open_images`].
             batch_size (`int`, defaults to 64): Items in a forward pass.
 
         Returns:
             `Tensor`: `[len(items), dim]` fp32 on the CPU, one row for each item. Of unit length, except for `hidden_state`.
 
         Raises:
-            `ValueError`: If there is no item, or one is not a non-empty string.
+            `ValueError`: If there is no item, or one that this encoder does not read, or both strings and pictures.
         """
-        if isinstance(items, str) or not items:
-            raise ValueError(f"Expected a non-empty list of strings, found {items!r}.")
+        readable = dict(READS[name] for name in self.accepts)
+        expected = f"Expected a list of {' or of '.join(readable.values())} for the {self.kind} encoder"
+        if isinstance(items, Item) or not items:
+            raise ValueError(f"{expected}, found {items!r}.")
         for item in items:
-            if not isinstance(item, str) or not item.strip():
-                raise ValueError(f"Expected non-empty strings, found {item!r}.")
-        batches = [list(items[start : start + batch_size]) for start in range(0, len(items), batch_size)]
+            if not isinstance(item, tuple(readable)) or (isinstance(item, str) and not item.strip()):
+                raise ValueError(f"{expected}, found {item!r}.")
+            if isinstance(item, str) != isinstance(items[0], str):
+                raise ValueError(f"{expected}, found both in one list: encode them apart.")
+        items = [item if isinstance(item, str) else item.convert("RGB") for item in items]
+        batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
         return torch.cat([self._embed(batch).float().cpu() for batch in batches]).clone()
+
+    def average(self, rows: Tensor) -> Tensor:
+        """The one task vector of several.
+
+        Args:
+            rows (`Tensor`): `[n, dim]`, as [`~TaskEncoder.encode`] returns them.
+
+        Returns:
+            `Tensor`: `[dim]`: their mean, of unit length as they are.
+        """
+        return F.normalize(rows.mean(0), dim=0)
+
+
+def open_images(images: Sequence[Picture]) -> list[Image.Image]:
+    """Open the pictures that are named by their path.
+
+    Args:
+        images (`Sequence[PIL.Image.Image, str or Path]`): Pictures or paths of picture files.
+
+    Returns:
+        `list[PIL.Image.Image]`
+
+    Raises:
+        `ValueError`: If it is no list, or a file holds no picture.
+    """
+    if isinstance(images, str | os.PathLike | Image.Image) or not images:
+        raise ValueError(f"images={images!r} must be a non-empty list of PIL images or paths.")
+    opened: list[Image.Image] = []
+    for image in images:
+        if isinstance(image, str | os.PathLike):
+            try:
+                image = Image.open(image).convert("RGB")
+            except OSError as error:
+                raise ValueError(f"{image} is no picture that can be opened ({error}): pass the path of an image file.") from error
+        opened.append(image)
+    return opened
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

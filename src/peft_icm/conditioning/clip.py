@@ -1,15 +1,18 @@
-"""`clip`: the text tower of an open_clip model."""
+"""`clip`: the text and image towers of an open_clip model."""
 
 from __future__ import annotations
 
 import json
 import os
+import textwrap
 from pathlib import Path
 from typing import Any, ClassVar
 
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,20 +23,24 @@ WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
 
 
-class ClipTextEncoder(TaskEncoder):
-    """The EOT token's state in the last layer of a CLIP text tower, the paper's task vector (section 4.1), projected or not.
+class ClipEncoder(TaskEncoder):
+    """Text and pictures in the space that CLIP's two towers share.
+
+    Of a text it is the EOT token's state in the last layer, the paper's task vector (section 4.1), projected or not; of a picture the
+    projected embedding.
 
     Args:
-        model (`open_clip.CLIP`): With its text tower.
+        model (`open_clip.CLIP`): With its two towers, and how its pictures are prepared.
         tokenizer: Of that model.
         checkpoint (`str`): Where it came from.
         model_cfg (`dict`): open_clip's config of the model.
         pretrained (`str`, *optional*): open_clip's tag of the weights.
-        projected (`bool`, defaults to `True`): The embedding that is shared with pictures; otherwise the state before the projection.
+        projected (`bool`, defaults to `True`): The embedding that is shared with pictures; otherwise a text's state before the projection,
+            and no pictures.
     """
 
     kind: ClassVar[str] = "clip"
-    accepts: ClassVar[str] = "text"
+    accepts = ("text", "images")
 
     def __init__(
         self,
@@ -45,6 +52,7 @@ class ClipTextEncoder(TaskEncoder):
         projected: bool = True,
     ):
         self.model, self.tokenizer, self.model_cfg, self.projected = model.eval(), tokenizer, model_cfg, projected
+        self.preprocess = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(model)), is_train=False)
         self.config = {
             "kind": self.kind,
             "checkpoint": checkpoint,
@@ -55,7 +63,7 @@ class ClipTextEncoder(TaskEncoder):
         }
 
     @classmethod
-    def from_pretrained(cls, checkpoint: str, *, pretrained: str | None = None, projected: bool = True, **_: Any) -> ClipTextEncoder:
+    def from_pretrained(cls, checkpoint: str, *, pretrained: str | None = None, projected: bool = True, **_: Any) -> ClipEncoder:
         """Load any open_clip model.
 
         Args:
@@ -65,7 +73,7 @@ class ClipTextEncoder(TaskEncoder):
             projected (`bool`, defaults to `True`): See the class.
 
         Raises:
-            `ValueError`: If open_clip does not know the model, or a model name comes without weights.
+            `ValueError`: If open_clip does not know the model, a model name comes without weights, or the weights do not fit the config.
         """
         if os.path.isdir(checkpoint):
             if not (Path(checkpoint) / CONFIG).is_file():
@@ -80,18 +88,26 @@ class ClipTextEncoder(TaskEncoder):
             model_cfg = open_clip.get_model_config(checkpoint) or {}
             if not model_cfg:
                 raise ValueError(f"open_clip has no model {checkpoint!r}, and no such folder exists: see open_clip.list_models().")
-            if pretrained is None:
+            if pretrained is None and not checkpoint.startswith("hf-hub:"):
                 tags = open_clip.list_pretrained_tags_by_model(checkpoint)
                 raise ValueError(f"{checkpoint} needs pretrained=, one of {', '.join(tags)} or a file of weights.")
-        model = open_clip.create_model(name, pretrained=pretrained)
+        # OpenAI's weights are for another activation than open_clip's config of their names has.
+        quick_gelu = open_clip.get_pretrained_cfg(checkpoint, pretrained or "").get("quick_gelu", False)
+        model_cfg |= {"quick_gelu": True} if quick_gelu else {}
+        try:
+            model = open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True)
+        except (RuntimeError, AssertionError) as error:
+            reason = textwrap.shorten(str(error).splitlines()[-1], 300)  # the last of the tensors that do not fit
+            raise ValueError(f"{checkpoint} cannot be loaded: {reason}. Its weights and its config must be of one model.") from error
         tokenizer = open_clip.get_tokenizer(name, context_length=model_cfg["text_cfg"].get("context_length"), **trimmed)
         return cls(model, tokenizer, checkpoint, model_cfg, pretrained, projected)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config, weights in bf16 where they are exact in it, and the trimmed merges."""
+        """Write the configs of model and pictures, weights in bf16 where they are exact in it, and the trimmed merges."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        (path / CONFIG).write_text(json.dumps({"model_cfg": self.model_cfg}, indent=1))
+        config = {"model_cfg": self.model_cfg, "preprocess_cfg": open_clip.get_model_preprocess_cfg(self.model)}
+        (path / CONFIG).write_text(json.dumps(config, indent=1))
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.model.state_dict().items()}
         halves = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
         exact = all(torch.equal(half.to(tensors[name].dtype), tensors[name]) for name, half in halves.items())
@@ -101,7 +117,12 @@ class ClipTextEncoder(TaskEncoder):
         if source.is_file() and source.resolve() != (path / MERGES).resolve():
             (path / MERGES).write_bytes(source.read_bytes())
 
-    def _embed(self, items: list[str]) -> Tensor:
+    def _embed(self, items: list[Any]) -> Tensor:
+        if isinstance(items[0], Image.Image):
+            if not self.projected:
+                raise ValueError("This clip encoder has projected=False, before the space that text and pictures share: load it with True.")
+            pixels = torch.stack([self.preprocess(image) for image in items])
+            return F.normalize(self.model.encode_image(pixels).float(), dim=1)
         tokens = self.tokenizer(items)
         if self.projected:
             return F.normalize(self.model.encode_text(tokens).float(), dim=1)

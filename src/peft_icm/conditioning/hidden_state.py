@@ -8,65 +8,112 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
+from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from .base import TaskEncoder, weights_sha256
 
 
 class HiddenStateEncoder(TaskEncoder):
-    r"""The last layer's state of the last token of each example: `v_task = 1/N \sum_i h_i^last` is their mean (Eq. 1).
+    r"""The last layer's state at the last token of each example: `v_task = 1/N \sum_i h_i^last` is their mean (Eq. 1).
+
+    A causal language model reads texts, and the last token is that of the text. An encoder-decoder vision-language model (Florence-2,
+    Figure 2) reads pictures: it answers `prompt` greedily, and the last token is the one that ends its answer.
 
     The paper reads the states of the fine-tuned model; here the base is *unadapted*, so that a new task needs no LoRA of its own.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): A causal language model; the adapters of a `PeftModel` are switched off.
-        tokenizer (`PreTrainedTokenizerBase`): Of that model; needs a padding or an EOS token.
+        model (`PreTrainedModel` or `PeftModel`): Either of the two; the adapters of a `PeftModel` are switched off.
+        processor (`PreTrainedTokenizerBase` or `ProcessorMixin`): The tokenizer of a language model, which needs a padding or an EOS
+            token, or the processor of a vision-language model.
         checkpoint (`str`): Where it came from.
         revision (`str`, *optional*): Its revision on the Hub.
+        prompt (`str`, defaults to `"<OD>"`): What a vision-language model is asked about each picture.
     """
 
     kind: ClassVar[str] = "hidden_state"
-    accepts: ClassVar[str] = "examples"
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, checkpoint: str, revision: str | None = None
+        self,
+        model: PreTrainedModel | PeftModel,
+        processor: PreTrainedTokenizerBase | ProcessorMixin,
+        checkpoint: str,
+        revision: str | None = None,
+        prompt: str = "<OD>",
     ):
-        self.model, self.tokenizer = model.eval(), tokenizer
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        self.model, self.processor = model.eval(), processor
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        sees = base.config.is_encoder_decoder
+        self.accepts = ("images",) if sees else ("examples",)
+        if isinstance(processor, PreTrainedTokenizerBase) and processor.pad_token_id is None:
+            processor.pad_token = processor.eos_token
         self.config = {
             "kind": self.kind,
             "checkpoint": checkpoint,
             "revision": revision,
             "dim": base.config.get_text_config().hidden_size,
             "sha256": weights_sha256(base),
-        }
+        } | ({"prompt": prompt} if sees else {})
 
     @classmethod
-    def from_pretrained(cls, checkpoint: str, *, revision: str | None = None, **_: Any) -> HiddenStateEncoder:
+    def from_pretrained(cls, checkpoint: str, *, revision: str | None = None, prompt: str = "<OD>", **_: Any) -> HiddenStateEncoder:
         """Load the base model as an encoder.
 
         Args:
-            checkpoint (`str`): Hub id or folder of a causal language model.
+            checkpoint (`str`): Hub id or folder of a causal language model, or of an encoder-decoder vision-language model.
             revision (`str`, *optional*): Of the Hub repo.
+            prompt (`str`, defaults to `"<OD>"`): See the class.
         """
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, revision=revision or "main")
-        return cls(model, AutoTokenizer.from_pretrained(checkpoint, revision=revision or "main"), checkpoint, revision)
+        sees = AutoConfig.from_pretrained(checkpoint, revision=revision or "main").is_encoder_decoder
+        auto, processing = (AutoModelForImageTextToText, AutoProcessor) if sees else (AutoModelForCausalLM, AutoTokenizer)
+        model = auto.from_pretrained(checkpoint, revision=revision or "main")
+        return cls(model, processing.from_pretrained(checkpoint, revision=revision or "main"), checkpoint, revision, prompt)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model and tokenizer as transformers does."""
+        """Write model and tokenizer or processor as transformers does."""
         self.model.save_pretrained(str(folder))
-        self.tokenizer.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
-    def _embed(self, items: list[str]) -> Tensor:
-        limit = self.model.config.get_text_config().max_position_embeddings
-        batch = self.tokenizer(items, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(self.model.device)
-        unadapted = self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
-        with unadapted:
-            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-            states = self.model(**inputs, output_hidden_states=True).hidden_states[-1]
-        positions = torch.arange(states.shape[1], device=states.device)
-        last = (batch["attention_mask"] * positions).argmax(1)  # right whichever side the padding is on
+    def average(self, rows: Tensor) -> Tensor:
+        """Eq. 1: the mean as it is."""
+        return rows.mean(0)
+
+    def _embed(self, items: list[Any]) -> Tensor:
+        with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
+            states, last = self._read(items) if self.accepts == ("examples",) else self._look(items)
         return states[torch.arange(len(states)), last]
+
+    def _read(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """States `[n, T, d]` of the texts, and where each ends."""
+        limit = self.model.config.get_text_config().max_position_embeddings
+        batch = self.processor(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(self.model.device)
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        states = self.model(**inputs, output_hidden_states=True).hidden_states[-1]
+        positions = torch.arange(states.shape[1], device=states.device)
+        return states, (batch["attention_mask"] * positions).argmax(1)  # right whichever side the padding is on
+
+    def _look(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
+        """States `[n, T, d]` of the answers about the pictures, and where each ends."""
+        batch = self.processor(text=[self.config["prompt"]] * len(images), images=images, return_tensors="pt")
+        output = self.model.generate(
+            **batch.to(self.model.device, self.model.dtype),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=self.model.config.get_text_config().max_position_embeddings - 1,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
+        states = torch.stack([step[-1][:, -1] for step in output.decoder_hidden_states], 1)
+        answers = output.sequences[:, 1:]  # without the token that starts the decoder
+        ended = torch.isin(answers, torch.tensor(self.model.generation_config.eos_token_id, device=answers.device))
+        return states, torch.where(ended.any(1), ended.int().argmax(1), answers.shape[1] - 1)

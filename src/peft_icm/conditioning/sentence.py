@@ -23,7 +23,7 @@ class SentenceEncoder(TaskEncoder):
     """
 
     kind: ClassVar[str] = "sentence"
-    accepts: ClassVar[str] = "text"
+    accepts = ("text",)
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpoint: str, revision: str | None = None):
         self.model, self.tokenizer = model.eval(), tokenizer
@@ -51,7 +51,7 @@ class SentenceEncoder(TaskEncoder):
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def _embed(self, items: list[str]) -> Tensor:
+    def _embed(self, items: list[Any]) -> Tensor:
         batch = self.tokenizer(items, padding=True, truncation=True, return_tensors="pt").to(self.model.device)
         states = self.model(**batch).last_hidden_state.float()
         mask = batch["attention_mask"][..., None]

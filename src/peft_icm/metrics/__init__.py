@@ -7,7 +7,7 @@ def metric_path(name: str) -> str:
     """The folder of a metric, for `evaluate.load`.
 
     Args:
-        name (`str`): `"perplexity"` or `"bits_per_character"`.
+        name (`str`): `"perplexity"`, `"bits_per_character"` or `"mean_average_precision"`.
 
     Raises:
         `ValueError`: If there is no such metric.

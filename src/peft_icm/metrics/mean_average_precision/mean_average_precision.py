@@ -1,0 +1,47 @@
+"""COCO's mean average precision of detections."""
+
+import datasets
+import evaluate
+
+from peft_icm.tasks.average_precision import mean_average_precision
+
+_DESCRIPTION = """
+Mean average precision over the IoU thresholds 0.50 to 0.95, for all classes and for each, computed by pycocotools' COCOeval.
+"""
+_KWARGS = """
+Args:
+    predictions (list of dict): for each image `boxes` ([N, 4], xyxy in pixels), `labels` (N strings) and `scores` (N numbers).
+    references (list of dict): for each image `boxes` and `labels`, and optionally `iscrowd` and `area` (N numbers).
+    labels (list of str, optional): the classes that count; by default those of the references.
+Returns:
+    map, map_50, map_75, map_small, map_medium, map_large (float): average precision; -1 where there is nothing to measure.
+    mar_1, mar_10, mar_100, mar_small, mar_medium, mar_large (float): average recall.
+    per_class (dict): map, map_50 and map_75 of each label.
+"""
+
+# Features know no optional keys, only keys without a value.
+_OPTIONAL = {"iscrowd": None, "area": None}
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS)
+class MeanAveragePrecision(evaluate.Metric):
+    """See `_DESCRIPTION`."""
+
+    def _info(self):
+        number = datasets.Value("float64")
+        found = {"boxes": datasets.Sequence(datasets.Sequence(number)), "labels": datasets.Sequence(datasets.Value("string"))}
+        prediction = {**found, "scores": datasets.Sequence(number)}
+        optional = {"iscrowd": datasets.Sequence(datasets.Value("int64")), "area": datasets.Sequence(number)}
+        features = datasets.Features({"predictions": prediction, "references": {**found, **optional}})
+        return evaluate.MetricInfo(description=_DESCRIPTION, citation="", inputs_description=_KWARGS, features=features)
+
+    def add(self, *, prediction=None, reference=None, **kwargs):
+        """Add one image."""
+        super().add(prediction=prediction, reference={**_OPTIONAL, **reference}, **kwargs)
+
+    def add_batch(self, *, predictions=None, references=None, **kwargs):
+        """Add several images."""
+        super().add_batch(predictions=predictions, references=[{**_OPTIONAL, **reference} for reference in references], **kwargs)
+
+    def _compute(self, predictions, references, labels=None):
+        return mean_average_precision(predictions, references, labels)
