@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from demo_scenes import CLASSES, COLOUR_STYLES, GLYPH_STYLES, TAUGHT, Icons, photographs, scenes
+from demo_scenes import COLOUR_STYLES, GLYPH_STYLES, TAUGHT, Icons, photographs, scenes
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -41,8 +41,8 @@ sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis r
 banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv,
 laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
 hair drier, toothbrush""".replace("\n", " ").split(", ")
-TAGS = """<od> </od> <ocr> </ocr> <cap> </cap> <ncap> </ncap> <dcap> </dcap> <grounding> </grounding> <seg> </seg> <sep> <region_cap>
-</region_cap> <region_to_desciption> </region_to_desciption> <proposal> </proposal> <poly> </poly> <and>""".split()
+PAIRED = ("od", "ocr", "cap", "ncap", "dcap", "grounding", "seg", "region_cap", "region_to_desciption", "proposal", "poly")
+TAGS = [tag for name in PAIRED for tag in (f"<{name}>", f"</{name}>")] + ["<sep>", "<and>"]  # spelt as Florence-2 spells them
 PARSING = {
     "pure_text": {},
     "description_with_bboxes": {},

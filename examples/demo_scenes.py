@@ -258,7 +258,8 @@ def scenes(
     draw = np.random.default_rng(seed)
     names, others = list(icons), list(distractors or {})
     pools = {
-        name: [[icon for icon in found if (icon.style in GLYPH_STYLES) == glyph] for glyph in (False, True)] for name, found in icons.items()
+        name: [[icon for icon in found if (icon.style in GLYPH_STYLES) == glyph] for glyph in (False, True)]
+        for name, found in icons.items()
     }
     for _ in range(count):
         chosen: list[str] = []

@@ -15,7 +15,8 @@ from tiny import FLORENCE_TARGETS, florence, florence_processor, florence_reader
 from transformers import AutoProcessor, GenerationConfig
 
 from peft_icm import CollectingArguments, collect
-from peft_icm.tasks.detection import AnnotatedImage, DetectionExamples, DetectionTask, detect, detection_tasks, from_dataset, load_coco
+from peft_icm.tasks.annotated_images import AnnotatedImage, from_dataset, load_coco
+from peft_icm.tasks.detection import DetectionExamples, DetectionTask, detect, detection_tasks
 
 COLOURS = {"couch": "red", "dog": "blue"}
 

@@ -78,7 +78,7 @@ def untie(model: Model) -> Model:
     for module in base.modules():
         if module is head or isinstance(module, LoraLayer):
             layer: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
-            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
+            layer.weight = copy.deepcopy(layer.weight)  # of its own class: a quantised weight stays one
     base.config.tie_word_embeddings = False
     ties = base.all_tied_weights_keys.items()
     base.all_tied_weights_keys = {target: source for target, source in ties if base.get_submodule(target.rpartition(".")[0]) is not head}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig
-from transformers import AutoTokenizer, PrinterCallback
+from transformers import AutoProcessor, PrinterCallback
 
 from . import __version__
 from .adapters import push_adapter, save_adapter
@@ -23,10 +23,13 @@ from .collecting import CollectingArguments, collect
 from .collection import AdapterCollection
 from .conditioning import ENCODERS, ClipEncoder, TaskEncoder
 from .configuration_icm import ARCHITECTURES, ICMConfig
-from .demo import run_demo
-from .evaluation import evaluate_generator
+from .demo import SENTENCES, run_demo
+from .detection_evaluation import DetectionEvaluation, evaluate_detection
+from .evaluation import Evaluation, evaluate_generator
 from .modeling_icm import ICMGenerator
-from .tasks.language_modeling import load_tasks
+from .tasks import load_tasks
+from .tasks.annotated_images import crops
+from .tasks.detection import DetectionTask
 from .training import ICMTrainer, ICMTrainingArguments
 
 BUNDLED = "bundled:"
@@ -50,14 +53,19 @@ def _encoder(name: str) -> TaskEncoder:
 
 # ---------------------------------------------------------------------- verbs; each returns what --json prints
 def demo(args: argparse.Namespace) -> dict[str, Any]:
-    """Bundled generator, bundled text: a sentence becomes an adapter."""
-    return run_demo(args.output, quiet=args.json)
+    """Bundled generator, bundled text or pictures: a sentence becomes an adapter."""
+    return run_demo(args.output, args.task, quiet=args.json)
 
 
 def collect_(args: argparse.Namespace) -> dict[str, Any]:
     """One LoRA per task; a second start goes on where the first was stopped."""
+    tasks = load_tasks(args.tasks)
+    detection = isinstance(tasks[0], DetectionTask)
     targets = args.target_modules[0] if args.target_modules == ["all-linear"] else args.target_modules
-    lora = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
+    # PEFT knows no task type for a vision-language model: any other breaks AutoPeftModel and names the wrong pipeline on the card.
+    lora = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=targets, task_type=None if detection else "CAUSAL_LM")
+    pictures = {"location_step": args.location_step, "negatives": args.negatives, "images_per_epoch": args.blocks_per_epoch}
+    texts = {"block_size": args.block_size, "blocks_per_epoch": args.blocks_per_epoch}
     recipe = CollectingArguments(
         output_dir=f"{args.output}.work",
         num_train_epochs=args.epochs,
@@ -66,12 +74,12 @@ def collect_(args: argparse.Namespace) -> dict[str, Any]:
         lr_scheduler_type=args.lr_scheduler_type,
         per_device_train_batch_size=args.batch_size,
         dtype=args.dtype,
-        dataset_kwargs={"block_size": args.block_size, "blocks_per_epoch": args.blocks_per_epoch},
+        dataset_kwargs=pictures if detection else texts,
         seed=args.seed,
         num_workers=args.num_workers,
         shard=args.shard,
     )
-    collection = collect(args.base_model, load_tasks(args.tasks), lora, recipe)
+    collection = collect(args.base_model, tasks, lora, recipe)
     if collection is None:
         _say(args, f"This shard is done; other tasks are not finished yet. Run again with the same {args.output} to gather them.")
         return {"finished": False, "collection": None}
@@ -84,7 +92,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     """Train a generator on a collection."""
     collection = AdapterCollection.from_pretrained(args.collection)
     encoder = _encoder(args.encoder)
-    collection.encode(encoder)
+    tasks = load_tasks(args.tasks) if args.tasks else []
+    pictures = {task.name: crops(task.train_images, task.label, args.pictures) for task in tasks if isinstance(task, DetectionTask)}
+    collection.encode(encoder, images=pictures)
     config = ICMConfig(
         architecture=args.architecture,
         latent_size=args.latent_size,
@@ -145,13 +155,18 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Score a generator on held-out text against each task's own LoRA."""
+    """Score a generator on held-out text or pictures against each task's own LoRA."""
     generator = _generator(args.generator)
     collection = AdapterCollection.from_pretrained(args.collection)
-    tokenizer = AutoTokenizer.from_pretrained(generator.load_base().name_or_path)
+    processor = AutoProcessor.from_pretrained(generator.load_base().name_or_path)
     own = {task: collection.final(task) for task in collection.tasks}
-    tasks = load_tasks(args.tasks)
-    report = evaluate_generator(generator, tokenizer, tasks, own, seeds=args.seeds, batch_size=args.batch_size)
+    tasks: Any = load_tasks(args.tasks)
+    options = {"seeds": args.seeds, "batch_size": args.batch_size}
+    report: Evaluation | DetectionEvaluation
+    if isinstance(tasks[0], DetectionTask):
+        report = evaluate_detection(generator, processor, tasks, own, **options)
+    else:
+        report = evaluate_generator(generator, processor, tasks, own, **options)
     result = report.to_dict()
     if args.output:
         temporary = Path(f"{args.output}.part")
@@ -198,11 +213,12 @@ def parser() -> argparse.ArgumentParser:
         return added
 
     p = verb(demo, "demo")
+    p.add_argument("--task", choices=list(SENTENCES), default="text", help="text: a Llama and 18 domains; detection: Florence-2, pictures")
     p.add_argument("-o", "--output", default="peft-icm-demo", help="folder for the adapter and the report")
 
     p = verb(collect_, "collect")
     p.add_argument("base_model", help="Hub id or folder of the base model")
-    p.add_argument("--tasks", required=True, help="folder with tasks.json and its text files")
+    p.add_argument("--tasks", required=True, help="folder with tasks.json and its texts or annotated images")
     p.add_argument("-o", "--output", required=True, help="folder of the collection; progress is kept in OUTPUT.work")
     p.add_argument("--rank", type=int, default=2, help="r of the LoRA")
     p.add_argument("--lora-alpha", type=int, default=4, help="alpha of the LoRA")
@@ -214,7 +230,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=int, default=8, help="blocks in a batch")
     p.add_argument("--dtype", default="float32", help="dtype of the frozen base")
     p.add_argument("--block-size", type=int, default=256, help="tokens in a block")
-    p.add_argument("--blocks-per-epoch", type=int, default=None, help="blocks in an epoch, drawn anew in each; by default all, once")
+    p.add_argument("--blocks-per-epoch", type=int, default=None, help="blocks or images in an epoch, drawn anew in each; by default all")
+    p.add_argument("--location-step", type=int, default=1, help="detection: write so many of Florence-2's location bins as one")
+    p.add_argument("--negatives", type=float, default=0.0, help="detection: images without the class for each image with it")
     p.add_argument("--seed", type=int, default=0, help="one seed of A and B for all tasks")
     p.add_argument("--num-workers", type=int, default=1, help="processes that the tasks are spread over")
     p.add_argument("--shard", default=None, help="i/n: only the i-th of n parts of the tasks, for array jobs")
@@ -222,6 +240,8 @@ def parser() -> argparse.ArgumentParser:
     p = verb(train, "train")
     p.add_argument("collection", help="folder or Hub id of an adapter collection")
     p.add_argument("-o", "--output", required=True, help="folder of the generator; checkpoints are kept in OUTPUT.work")
+    p.add_argument("--tasks", default=None, help="folder of detection tasks: the encoder also sees pictures of their objects")
+    p.add_argument("--pictures", type=int, default=64, help="pictures of each of those tasks")
     p.add_argument("--encoder", default="bundled:text", help="bundled:text or KIND:CHECKPOINT, e.g. sentence:org/name")
     p.add_argument("--architecture", choices=ARCHITECTURES, default="principal", help="network of the CVAE")
     p.add_argument("--latent-size", type=int, default=64, help="size of z")
@@ -252,10 +272,10 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb(evaluate, "evaluate")
     p.add_argument("generator", help="Hub id or folder of a generator; bundled:text is the bundled one")
-    p.add_argument("--tasks", required=True, help="folder with tasks.json and held-out text")
+    p.add_argument("--tasks", required=True, help="folder with tasks.json and held-out texts or annotated images")
     p.add_argument("--collection", required=True, help="collection whose last snapshots are the own LoRAs")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of z")
-    p.add_argument("--batch-size", type=int, default=16, help="windows in a forward pass")
+    p.add_argument("--batch-size", type=int, default=16, help="windows or pictures in a forward pass")
     p.add_argument("-o", "--output", default=None, help="JSON file of the report; a plot is drawn beside it")
 
     p = verb(push, "push")

@@ -16,8 +16,9 @@ from .adapters import attach
 from .evaluation import GIBBERISH
 from .figures import save_figure
 from .modeling_icm import ICMGenerator
+from .tasks.annotated_images import AnnotatedImage, crops
 from .tasks.average_precision import mean_average_precision
-from .tasks.detection import AnnotatedImage, DetectionTask, detect
+from .tasks.detection import DetectionTask, detect
 
 METRICS = ("map", "map_50", "map_75")
 VARIANTS = ("generated", "pictures", "text_and_pictures", "unseen_phrasing", "wrong_task", "gibberish")
@@ -117,7 +118,6 @@ def evaluate_detection(
     tasks: Sequence[DetectionTask],
     own: Mapping[str, Tensor],
     *,
-    pictures: Mapping[str, Sequence[Any]] | None = None,
     variants: Sequence[str] = VARIANTS,
     seeds: Sequence[int] = (0, 1, 2),
     batch_size: int = 32,
@@ -126,19 +126,18 @@ def evaluate_detection(
     """Score a generator on held-out pictures of one-class detection tasks.
 
     - `generated`: from the task's first description, once for each seed.
-    - `pictures`: from a handful of four of the task's pictures, the next four for each seed.
+    - `pictures`: from four objects of its class, cut out of the test images, the next four for each seed.
     - `text_and_pictures`: from both.
     - `unseen_phrasing`: from each of the task's `unseen_descriptions`, the seeds taken in turn.
     - `wrong_task`: from the first description of another task, half-way round the list, once for each seed.
     - `gibberish`: from letters without meaning, one line for each seed.
 
     Args:
-        generator ([`ICMGenerator`]): Reads text, and pictures where there are any.
+        generator ([`ICMGenerator`]): Reads text, or text and pictures.
         processor (`Florence2Processor`): Of its base model.
         tasks (`Sequence[DetectionTask]`): With test images and descriptions.
         own (`Mapping[str, Tensor]`): `[P]`, the own LoRA of each task.
-        pictures (`Mapping[str, Sequence]`, *optional*): Of each task, at least four for each seed; pictures or files.
-        variants (`Sequence[str]`): Which of the above; those without pictures or unseen descriptions to go by are left out.
+        variants (`Sequence[str]`): Which of the above; those that the encoder or the task has nothing for are left out.
         seeds (`Sequence[int]`, defaults to `(0, 1, 2)`): Of z.
         batch_size (`int`, defaults to 32): Pictures in a forward pass.
         progress (`bool`, defaults to `True`): Show a progress bar.
@@ -154,6 +153,7 @@ def evaluate_detection(
             raise ValueError(f"Task {task.name!r} needs test images of a {task.label!r}, a description and an own LoRA to be evaluated.")
     start = time.perf_counter()
     layout = generator.layout
+    pictures = HANDFUL * len(seeds) if "images" in generator.encoder.accepts else 0
     model = generator.generate_adapter(tasks[0].descriptions[0])
     scores: dict[str, dict[str, Precision]] = {}
     for index, task in enumerate(tqdm(tasks, desc="evaluating", unit="task", disable=not progress)):
@@ -166,14 +166,15 @@ def evaluate_detection(
             rows = []
             for condition, seed in conditions:
                 generator.generate_adapter(**condition, base_model=model, generator=torch.Generator().manual_seed(seed))
-                rows.append(score())  # noqa: B023
+                rows.append(score())
             return {metric: sum(row[metric] for row in rows) / len(rows) for metric in METRICS}
 
         with model.disable_adapter():
             row = {"base": score()}
         attach(model, layout, layout.unflatten(own[task.name].to(layout.torch_dtype)))
         row["own"] = score()
-        conditions = _conditions(task, tasks[(index + max(1, len(tasks) // 2)) % len(tasks)], (pictures or {}).get(task.name, ()), seeds)
+        other = tasks[(index + max(1, len(tasks) // 2)) % len(tasks)]
+        conditions = _conditions(task, other, crops(task.test_images, task.label, pictures), seeds)
         row |= {name: mean(found) for name, found in conditions.items() if name in variants and found}
         scores[task.name] = row
     return DetectionEvaluation(scores, list(seeds), time.perf_counter() - start)
@@ -184,7 +185,7 @@ def _conditions(
 ) -> dict[str, list[tuple[dict[str, Any], int]]]:
     """What each variant's adapters are generated from, and with which seed."""
     text = task.descriptions[0]
-    handfuls = [list(pictures[place * HANDFUL : (place + 1) * HANDFUL]) for place in range(len(seeds))] if pictures else []
+    handfuls = [pictures[start : start + HANDFUL] for start in range(0, len(pictures), HANDFUL)]
     return {
         "generated": [({"text": text}, seed) for seed in seeds],
         "pictures": [({"images": handful}, seed) for handful, seed in zip(handfuls, seeds, strict=False)],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .adapters import attach
+from .figures import save_figure
 from .modeling_icm import ICMGenerator
 from .tasks.language_modeling import NLL, LanguageModelingTask, nll
 
@@ -80,9 +80,6 @@ class Evaluation:
         Args:
             file (`str` or `Path`): Where to.
         """
-        import matplotlib
-
-        matplotlib.use("Agg")
         from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
@@ -99,10 +96,7 @@ class Evaluation:
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_ylabel("gain over the base (nats per token)")
         figure.legend(loc="outside upper center", ncols=len(columns), frameon=False)
-        temporary = f"{file}.part"
-        figure.savefig(temporary, dpi=130, format="png")
-        pyplot.close(figure)
-        os.replace(temporary, file)
+        save_figure(figure, file)
 
 
 def evaluate_generator(

@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .tasks.detection import AnnotatedImage
+    from .tasks.annotated_images import AnnotatedImage
 
 
 def plot_task_vectors(task_vectors: Mapping[str, Tensor], file: str | os.PathLike[str], *, title: str = "", seed: int = 0) -> None:
@@ -38,8 +38,9 @@ def plot_task_vectors(task_vectors: Mapping[str, Tensor], file: str | os.PathLik
     places = TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=seed).fit_transform(rows.numpy())
     figure, axes = pyplot.subplots(figsize=(7, 6), layout="constrained")
     colours = pyplot.get_cmap("tab20")
-    for index, (task, part) in enumerate(zip(task_vectors, torch.from_numpy(places).split([len(v) for v in task_vectors.values()]))):
-        axes.scatter(*part.T, s=12, color=colours(index % 20), label=task)
+    parts = torch.from_numpy(places).split([len(vectors) for vectors in task_vectors.values()])
+    for index, (task, part) in enumerate(zip(task_vectors, parts, strict=True)):
+        axes.scatter(part[:, 0], part[:, 1], s=12, color=colours(index % 20), label=task)
     axes.set(xticks=[], yticks=[], title=title)
     figure.legend(loc="outside right upper", frameon=False)
     save_figure(figure, file)
@@ -84,8 +85,8 @@ def plot_detections(
                 if label not in (None, what):
                     continue
                 x1, y1, x2, y2 = (float(value) for value in box)
-                look = {"color": "white", "linestyle": ":"} if score is None else {"color": "red", "linestyle": "-"}
-                axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=1.6, **look))
+                color, line = ("white", ":") if score is None else ("red", "-")
+                axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=1.6, color=color, linestyle=line))
                 if score is not None:
                     axes.text(x1, y1, f"{what} {float(score):.2f}", fontsize=7, color="white", backgroundcolor="red", va="bottom")
     save_figure(figure, file)

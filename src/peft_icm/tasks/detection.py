@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import PIL.Image
 import torch
 from torch import Tensor
@@ -19,134 +16,8 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from .annotated_images import AnnotatedImage, load_coco
 from .florence_answers import answer_text, parse_answer
-
-
-@dataclass
-class AnnotatedImage:
-    """A picture and the objects in it.
-
-    Args:
-        image (`str` or `PIL.Image.Image`): A file, opened only when it is needed, or a picture.
-        boxes (`list[list[float]]`): `[N, 4]`, xyxy in pixels.
-        labels (`list[str]`): N labels.
-
-    Example:
-
-    ```python
-    >>> AnnotatedImage(PIL.Image.new("L", (40, 30)), [[0, 0, 20, 30]], ["door"]).load().mode
-    'RGB'
-
-    ```
-    """
-
-    image: str | PIL.Image.Image
-    boxes: list[list[float]] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-
-    def load(self) -> PIL.Image.Image:
-        """The picture, in RGB.
-
-        Raises:
-            `ValueError`: If the file is no picture.
-        """
-        with self._opened() as picture:
-            return picture.convert("RGB")
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height, read without decoding the picture; raises `ValueError` if the file is no picture."""
-        with self._opened() as picture:
-            return picture.size
-
-    @contextmanager
-    def _opened(self) -> Iterator[PIL.Image.Image]:
-        if isinstance(self.image, PIL.Image.Image):
-            yield self.image
-            return
-        try:
-            with PIL.Image.open(self.image) as picture:
-                yield picture
-        except (OSError, SyntaxError) as error:  # SyntaxError is how Pillow reports a broken PNG
-            raise ValueError(f"{self.image} is no picture that Pillow can read ({error}).") from error
-
-
-def load_coco(annotations: str | os.PathLike[str], images: str | os.PathLike[str]) -> list[AnnotatedImage]:
-    """Read a COCO instances file; crowds (`iscrowd`) are left out, images without objects are kept.
-
-    Args:
-        annotations (`str` or `Path`): The JSON file, such as `instances_train2017.json`.
-        images (`str` or `Path`): The folder that its `file_name`s lie in.
-
-    Returns:
-        `list[AnnotatedImage]`: In the order of the file.
-
-    Raises:
-        `ValueError`: If the file is no COCO instances JSON, images are missing, an annotation names an unknown image or category, or a
-            box is empty or more than a pixel outside its image.
-    """
-    try:
-        document = json.loads(Path(annotations).read_text(encoding="utf-8"))
-        entries = {entry["id"]: (entry["file_name"], (entry["width"], entry["height"])) for entry in document["images"]}
-        categories = {entry["id"]: entry["name"] for entry in document["categories"]}
-        objects = [(o["image_id"], o["category_id"], o["bbox"]) for o in document["annotations"] if not o.get("iscrowd")]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{annotations} is no COCO instances file, {{"images": [...], "annotations": [...], "categories": [...]}} ({error!r}).'
-        ) from error
-    folder = Path(images)
-    if missing := [name for name, _ in entries.values() if not (folder / name).is_file()]:
-        raise ValueError(f"{len(missing)} of the {len(entries)} images of {annotations} are not in {folder}, the first is {missing[0]}.")
-    found = {key: AnnotatedImage(str(folder / name)) for key, (name, _) in entries.items()}
-    for image, category, bbox in objects:
-        if image not in entries or category not in categories:
-            unknown = f"category_id {category}" if image in entries else f"image_id {image}"
-            raise ValueError(f"{annotations} has an annotation of {unknown}, which the file does not define.")
-        found[image].boxes.append(_corners(bbox, entries[image][1], entries[image][0]))
-        found[image].labels.append(categories[category])
-    return list(found.values())
-
-
-def from_dataset(dataset: datasets.Dataset) -> list[AnnotatedImage]:
-    """Read a data set with the Hub's usual columns for object detection; its pictures are decoded into memory.
-
-    Args:
-        dataset (`datasets.Dataset`): Columns `image` and `objects`, `{"bbox": [[x, y, width, height], ...], "category": [...]}`, with
-            categories of a `ClassLabel` or as strings.
-
-    Returns:
-        `list[AnnotatedImage]`
-
-    Raises:
-        `ValueError`: If the columns are others, or a box is empty or more than a pixel outside its image.
-    """
-    objects = dataset.features.get("objects")
-    category = getattr(objects.get("category"), "feature", None) if isinstance(objects, dict) else None
-    is_known = isinstance(category, datasets.ClassLabel) or category == datasets.Value("string")
-    if not (is_known and isinstance(dataset.features.get("image"), datasets.Image)):
-        raise ValueError(
-            'The data set needs the columns image and objects {"bbox", "category"}, with categories of a ClassLabel or strings; '
-            f"found {dataset.features}."
-        )
-    found = []
-    for index, row in enumerate(dataset):
-        boxes = [_corners(bbox, row["image"].size, f"image {index}") for bbox in row["objects"]["bbox"]]
-        labels = row["objects"]["category"]
-        found.append(AnnotatedImage(row["image"], boxes, category.int2str(labels) if isinstance(category, datasets.ClassLabel) else labels))
-    return found
-
-
-def _corners(bbox: Sequence[float], size: tuple[int, int], name: str) -> list[float]:
-    """COCO's xywh as xyxy, clipped to the image."""
-    x, y, width, height = bbox
-    corners, limits = (x, y, x + width, y + height), (*size, *size)
-    inside = all(-1 <= value <= limit + 1 for value, limit in zip(corners, limits, strict=True))
-    # COCO itself has boxes a fraction of a pixel too large, and two (in train2017) that rounding left without any height.
-    if not (inside and min(width, height) >= 0 and max(width, height) > 0):
-        raise ValueError(
-            f"{name}: the box {list(bbox)} (x, y, width, height) is empty or outside its image of {size[0]} x {size[1]} pixels."
-        )
-    return [min(max(float(value), 0.0), float(limit)) for value, limit in zip(corners, limits, strict=True)]
 
 
 class DetectionExamples(Dataset[dict[str, Tensor]]):
@@ -301,6 +172,37 @@ def detection_tasks(
     return [DetectionTask(name, descriptions[name], label, train, test, unseen.get(name, [])) for name, label in classes.items()]
 
 
+def load_detection_tasks(folder: str | Path) -> list[DetectionTask]:
+    """Read the detection tasks of a folder.
+
+    `tasks.json` holds `{"train": {"annotations", "images"}, "test": {...}, "tasks": [{"name", "label", "descriptions",
+    "unseen_descriptions"}]}`, where annotations is a COCO instances file and images a folder, both relative to `folder`; a split may be
+    null, `unseen_descriptions` left out.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+
+    Returns:
+        `list[DetectionTask]`
+
+    Raises:
+        `ValueError`: If there is no readable `tasks.json`, or an annotation file is not as [`load_coco`] wants it.
+    """
+    root = Path(folder)
+    try:
+        document = json.loads((root / "tasks.json").read_text(encoding="utf-8"))
+        splits = [document[name] for name in ("train", "test")]
+        entries = [
+            (entry["name"], entry["descriptions"], entry["label"], entry.get("unseen_descriptions", [])) for entry in document["tasks"]
+        ]
+        files = [(root / split["annotations"], root / split["images"]) if split else None for split in splits]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        form = '{"train": {"annotations", "images"}, "test": ..., "tasks": [{"name", "label", "descriptions"}]}'
+        raise ValueError(f"{root} needs a tasks.json of the form {form} ({error!r}).") from error
+    train, test = (load_coco(*names) if names else [] for names in files)
+    return [DetectionTask(name, descriptions, label, train, test, unseen) for name, descriptions, label, unseen in entries]
+
+
 class _Confidence(LogitsProcessor):
     """Keeps the log-probability of the token that greedy search takes: one number where `output_logits` keeps the whole vocabulary."""
 
@@ -331,7 +233,7 @@ def detect(
         images (`Sequence`): Annotated images (whose boxes are not looked at), pictures or files.
         prompt (`str`, defaults to `"<OD>"`): What is asked; the answer is read as that to `<OD>`.
         batch_size (`int`, defaults to 16): Images generated from at once.
-        max_new_tokens (`int`, defaults to 512): The longest answer, about six tokens an object.
+        max_new_tokens (`int`, defaults to 512): The longest answer, about six tokens an object; at most what the model has positions for.
         progress (`bool`, defaults to `True`): Show a progress bar when there are more than 20 batches.
 
     Returns:
@@ -342,6 +244,7 @@ def detect(
         `ValueError`: If the tokenizer has tokens that the model does not know, or a file is no picture.
     """
     tokens, known = len(processor.tokenizer), model.config.text_config.vocab_size
+    longest = min(max_new_tokens, model.config.text_config.max_position_embeddings - 1)
     if tokens > known:
         raise ValueError(f"The processor's tokenizer has {tokens} tokens, the model only {known}: take the processor of this model.")
     pictures = [image if isinstance(image, AnnotatedImage) else AnnotatedImage(image) for image in images]
@@ -355,7 +258,7 @@ def detect(
         confidence = _Confidence()
         # The released checkpoints ask for three beams without repeated trigrams, but `refrigerator` twice is such a repetition.
         greedy = {"do_sample": False, "num_beams": 1, "early_stopping": False, "no_repeat_ngram_size": 0}
-        sequences = model.generate(**inputs, **greedy, max_new_tokens=max_new_tokens, logits_processor=LogitsProcessorList([confidence]))
+        sequences = model.generate(**inputs, **greedy, max_new_tokens=longest, logits_processor=LogitsProcessorList([confidence]))
         answers, log_probs = sequences[:, 1:].tolist(), torch.stack(confidence.steps, 1).tolist()
         found += [parse_answer(a, p, picture.size, processor) for a, p, picture in zip(answers, log_probs, loaded, strict=True)]
     model.train(was_training)

@@ -1,0 +1,177 @@
+"""The stages that build the detection bundle; `build_demo_models.py` runs them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from demo_detector import SCENE, STEP
+from demo_scenes import CLASSES, COLOUR_STYLES, GLYPH_STYLES, PACKAGES, TEST_STYLES, Icons, photographs, scenes, write_coco
+from peft import LoraConfig
+
+from peft_icm import (
+    AdapterCollection,
+    AdapterLayout,
+    CollectingArguments,
+    ICMConfig,
+    ICMGenerator,
+    ICMTrainer,
+    ICMTrainingArguments,
+    collect,
+)
+from peft_icm.conditioning import ClipEncoder
+from peft_icm.tasks.annotated_images import crops, load_coco
+from peft_icm.tasks.detection import DetectionTask, detection_tasks
+
+TRAIN_SCENES, TEST_SCENES = 3_600, 2_200
+BUNDLED_SCENES = 240
+PICTURES = 64  # crops of each class that the generator learns to read
+
+TARGETS = ["q_proj", "o_proj", "k_proj", "v_proj", "linear", "Conv2d", "lm_head", "fc2"]  # the paper's
+LORA_RANK = 2
+LORA_EPOCHS, LORA_SNAPSHOTS = 24, 8
+LORA_IMAGES = 256  # in an epoch
+LORA_LEARNING_RATE = 5e-3
+
+GENERATOR_EPOCHS = 1200
+GENERATOR_COMPONENTS, GENERATOR_LATENT, GENERATOR_KL_WEIGHT = 28, 32, 0.01
+
+LICENCES = """# Licences of what is bundled
+
+Generator, base model, LoRAs and the image tower of `../encoder` were trained by `examples/build_demo_models.py` and
+`examples/train_image_tower.py`: Apache-2.0. The scenes in `tasks/images/` are icons pasted on photographs, under the licences of both;
+where they differ, the stricter one holds (CC BY-SA 4.0).
+
+| what | package | licence |
+|---|---|---|
+{table}
+"""
+
+
+def draw_coco(build: Path) -> None:
+    """`coco/train.json` and `coco/test.json` with their pictures: all 24 classes; the test set in styles and on photographs of its own."""
+    icons = Icons(build)
+    labels = list(CLASSES)
+    coco = build / "coco"
+    train = icons.of_classes(labels, COLOUR_STYLES + GLYPH_STYLES)
+    backgrounds = photographs(build, test=False, crops=1500, size=SCENE, seed=2)
+    found = scenes(train, backgrounds, TRAIN_SCENES, seed=2, distractors=icons.distractors)
+    write_coco(found, coco / "train", coco / "train.json", labels, total=TRAIN_SCENES)
+    test = icons.of_classes(labels, TEST_STYLES)
+    found = scenes(test, photographs(build, test=True, crops=800, size=SCENE, seed=3), TEST_SCENES, seed=3, jitter=0.0)
+    write_coco(found, coco / "test", coco / "test.json", labels, total=TEST_SCENES)
+
+
+def tasks(build: Path) -> list[DetectionTask]:
+    """The one-class tasks with their sentences. Each is tested on the scenes that show it and on as many that do not."""
+    phrasings = json.loads((Path(__file__).parent / "detection_phrasings.json").read_text(encoding="utf-8"))
+    classes = phrasings["classes"]
+
+    def say(templates: list[str], name: str, words: int) -> list[str]:
+        pairs = classes[name]["names"][:words]
+        return [line.format(singular=singular, plural=plural) for singular, plural in pairs for line in templates]
+
+    found = detection_tasks(
+        load_coco(build / "coco" / "train.json", build / "coco" / "train"),
+        load_coco(build / "coco" / "test.json", build / "coco" / "test"),
+        {name: entry["label"] for name, entry in classes.items()},
+        {name: say(phrasings["templates"], name, 3) for name in classes},
+        {name: say(phrasings["unseen_templates"], name, 2) for name in classes},
+    )
+    for task in found:
+        positive = [image for image in task.test_images if task.label in image.labels]
+        negative = [image for image in task.test_images if task.label not in image.labels]
+        task.test_images = positive + negative[: len(positive)]
+    return found
+
+
+def collect_loras(build: Path) -> None:
+    """One LoRA for each class, on both cores; goes on where it was stopped."""
+    recipe = CollectingArguments(
+        output_dir=str(build / "detection_collecting"),
+        num_train_epochs=LORA_EPOCHS,
+        num_snapshots=LORA_SNAPSHOTS,
+        learning_rate=LORA_LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        per_device_train_batch_size=16,
+        dataset_kwargs={"location_step": STEP, "negatives": 0.6, "images_per_epoch": LORA_IMAGES, "in_memory": True},
+        num_workers=2,
+    )
+    lora = LoraConfig(r=LORA_RANK, lora_alpha=4 * LORA_RANK, target_modules=TARGETS, task_type=None)
+    collection = collect(build / "florence", tasks(build), lora, recipe)
+    assert collection is not None
+    collection.save_pretrained(build / "detection_collection")
+
+
+def generator(build: Path) -> None:
+    """Train the generator on sentences and crops; the log goes to `detection_trainer/`."""
+    found = tasks(build)
+    encoder = ClipEncoder.from_pretrained(str(build / "encoder"))
+    collection = AdapterCollection.from_pretrained(build / "detection_collection")
+    collection.descriptions = {task.name: task.descriptions for task in found}
+    collection.metadata["base_model"] = "base_model"
+    collection.encode(encoder, images={task.name: crops(task.train_images, task.label, PICTURES) for task in found})
+    args = ICMTrainingArguments(
+        output_dir=str(build / "detection_trainer"),
+        num_train_epochs=GENERATOR_EPOCHS,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        eval_strategy="steps",
+        eval_steps=500,
+        logging_steps=250,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+    )
+    config = ICMConfig(num_components=GENERATOR_COMPONENTS, latent_size=GENERATOR_LATENT, kl_weight=GENERATOR_KL_WEIGHT)
+    trainer = ICMTrainer(collection, config, args, encoder=encoder)
+    trainer.train()
+    trainer.generator.save_pretrained(build / "detection_generator")
+
+
+def bundle(build: Path) -> None:
+    """Write what the package carries: generator in bf16 with its base, own LoRAs in bf16, a part of the test scenes, the shared encoder."""
+    found = tasks(build)
+    bundled = Path(__file__).parents[1] / "src" / "peft_icm" / "bundled"
+    target = bundled / "detection"
+    shutil.rmtree(target, ignore_errors=True)
+    model = ICMGenerator.from_pretrained(build / "detection_generator", dtype=torch.bfloat16)
+    model.save_pretrained(target / "generator", with_base_model=True)
+    shutil.rmtree(bundled / "encoder")
+    (target / "generator" / "encoder").rename(bundled / "encoder")
+    sha256 = model.config.encoder["sha256"]
+    for name in ("text", "detection"):  # the text tower is the same to the bit: only the name of the whole has changed
+        config = ICMConfig.from_pretrained(bundled / name / "generator")
+        config.encoder = {**config.encoder, "folder": "../../encoder", "sha256": sha256}
+        config.save_pretrained(bundled / name / "generator")
+
+    (target / "tasks" / "images").mkdir(parents=True)
+    document = json.loads((build / "coco" / "test.json").read_text())
+    document["images"] = document["images"][:BUNDLED_SCENES]
+    document["annotations"] = [entry for entry in document["annotations"] if entry["image_id"] < BUNDLED_SCENES]
+    for image in document["images"]:
+        shutil.copy(build / "coco" / "test" / image["file_name"], target / "tasks" / "images")
+    (target / "tasks" / "test.json").write_text(json.dumps(document))
+    entries = [
+        {"name": task.name, "label": task.label, "descriptions": task.descriptions[:1], "unseen_descriptions": task.unseen_descriptions}
+        for task in found
+    ]
+    split = {"train": None, "test": {"annotations": "test.json", "images": "images"}}
+    (target / "tasks" / "tasks.json").write_text(json.dumps({**split, "tasks": entries}, indent=1) + "\n", encoding="utf-8")
+
+    full = AdapterCollection.from_pretrained(build / "detection_collection")
+    own = {task.name: full.final(task.name)[None].to(torch.bfloat16) for task in found}
+    layout = AdapterLayout.from_dict({**full.layout.to_dict(), "base_model_name_or_path": None})
+    metadata = {**full.metadata, "base_model": "base_model"}
+    AdapterCollection(layout, own, {task.name: task.descriptions[:1] for task in found}, metadata=metadata).save_pretrained(target / "own")
+
+    rows = []
+    for style, version in PACKAGES.items():
+        licence = json.loads((build / "icons" / style / "info.json").read_text())["license"]["title"]
+        use = "icons of the scenes" if style in TEST_STYLES else "icons trained on, none bundled"
+        rows.append(f"| {use} | npm:@iconify-json/{style} {version} | {licence} |")
+    rows.append("| photographs | debian:lomiri-wallpapers-16.04, lomiri-wallpapers-20.04 | CC BY-SA 4.0, CC BY 4.0, CC0 |")
+    (target / "LICENSES.md").write_text(LICENCES.format(table="\n".join(rows)), encoding="utf-8")
+    print(f"{bundled}: {sum(file.stat().st_size for file in bundled.rglob('*') if file.is_file()) / 1e6:.2f} MB")
