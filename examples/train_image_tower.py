@@ -52,8 +52,8 @@ def draw_pictures(icons: dict[str, list[Icon]], backgrounds: Sequence, count: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, default=Path("build"), help="build area with icons/ and photographs/")
-    parser.add_argument("--pictures", type=int, default=50_000, help="training pictures")
-    parser.add_argument("--steps", type=int, default=2_500, help="steps of 128 pictures")
+    parser.add_argument("--pictures", type=int, default=80_000, help="training pictures")
+    parser.add_argument("--steps", type=int, default=6_000, help="steps of 128 pictures")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
@@ -77,8 +77,8 @@ def main() -> None:
     preprocess = PreprocessCfg(size=SIZE, interpolation="bicubic", resize_mode="squash")
     mean, std = (torch.tensor(values) for values in (preprocess.mean, preprocess.std))
     parameters = list(clip.visual.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=args.steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.steps, pct_start=0.1)
 
     def embed(batch: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):

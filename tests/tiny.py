@@ -31,7 +31,7 @@ def llama_lora(r=2, layers=2, dtype=torch.float32, **kwargs):
     return get_peft_model(llama(layers, **kwargs).to(dtype), config, autocast_adapter_dtype=False)
 
 
-def florence(vocab_size=128, image_token_id=51289):
+def florence(vocab_size=128, image_token_id=51289, **text):
     tiny = {
         "vision_config": {
             "embed_dim": [8, 16], "depths": [1, 1], "num_heads": [1, 2], "num_groups": [1, 2], "patch_size": [7, 3],
@@ -39,7 +39,7 @@ def florence(vocab_size=128, image_token_id=51289):
         },
         "text_config": {
             "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-            "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": vocab_size,
+            "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": vocab_size, **text,
         },
     }  # fmt: skip
     return Florence2ForConditionalGeneration(Florence2Config(**tiny, image_token_id=image_token_id))
@@ -99,10 +99,10 @@ def florence_processor():
     return Florence2Processor(pictures, reader, post_processor_config={"pure_text": {}, "description_with_bboxes": {}})
 
 
-def florence_reader():
-    """A Florence-2 that fits `florence_processor()`."""
+def florence_reader(**text):
+    """A Florence-2 that fits `florence_processor()`; with few `max_position_embeddings`, its answers end soon."""
     processor = florence_processor()
-    return florence(len(processor.tokenizer), processor.image_token_id)
+    return florence(len(processor.tokenizer), processor.image_token_id, **text)
 
 
 TEXTS = [

@@ -53,32 +53,39 @@ def load_base(layout: AdapterLayout, name: str, revision: str | None, **base_mod
 
 
 def share_tensors(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model of its own modules on the same parameters and buffers: adapters of the one never reach the other.
+    """A second model of its own modules on the same memory: adapters of the one never reach the other, nor does a merge.
 
-    Only a merge does, which writes into the parameters: [`untie`] the model before.
+    Its tensors are torch's copy-on-write clones: what is written to, as `merge_and_unload` does, becomes a copy of its own.
     """
+
+    def clone(tensor: Tensor) -> Tensor:
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return tensor  # a quantised weight; peft replaces it in a merge
+        if not torch._C._is_cow_tensor(tensor):
+            tensor.data = tensor.data.clone()  # once: memory that is mapped from a checkpoint cannot be shared so
+        lazy = torch._lazy_clone(tensor.detach())
+        return nn.Parameter(lazy, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else lazy
+
     tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return copy.deepcopy(model, {id(tensor): clone(tensor) for tensor in tensors})
 
 
 def untie(model: Model) -> Model:
-    """Give a model weights of its own, in place, wherever a merged LoRA would reach further than the module it is on.
+    """Give the output embeddings a weight of their own, in place.
 
-    A merge writes into the weight of the base. Many models share one weight between input and output embeddings, and the models that a
-    generator returns share all weights of its own base: both would change too. So: `untie(model).merge_and_unload()`.
+    A merge writes into the weight of the base. Many models share one weight between input and output embeddings: merging a LoRA on the one
+    would change the other too. So: `untie(model).merge_and_unload()`.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): The output embeddings, and every module that carries a LoRA, get a copy of their weight.
+        model (`PreTrainedModel` or `PeftModel`): With output embeddings.
 
     Returns:
         `PreTrainedModel` or `PeftModel`: `model`, with `tie_word_embeddings=False` in its config, so that saving keeps both embeddings.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     head: Any = base.get_output_embeddings()
-    for module in base.modules():
-        if module is head or isinstance(module, LoraLayer):
-            layer: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
-            layer.weight = copy.deepcopy(layer.weight)  # of its own class: a quantised weight stays one
+    layer: Any = head.get_base_layer() if isinstance(head, LoraLayer) else head
+    layer.weight = copy.deepcopy(layer.weight)  # of its own class: a quantised weight stays one
     base.config.tie_word_embeddings = False
     ties = base.all_tied_weights_keys.items()
     base.all_tied_weights_keys = {target: source for target, source in ties if base.get_submodule(target.rpartition(".")[0]) is not head}
