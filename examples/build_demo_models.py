@@ -4,7 +4,7 @@
     python examples/distil_text_encoder.py --build build --minilm ... --wordnet ...
     python examples/build_demo_models.py collect generator bundle --build build
 
-    python examples/build_demo_models.py detection-scenes detection-tower detection-answers --build build
+    python examples/build_demo_models.py detection-scenes detection-tower detection-answers detection-together --build build
     python examples/train_image_tower.py --build build
     python examples/build_demo_models.py detection-collect detection-generator detection-bundle --build build
 
@@ -19,6 +19,7 @@ Detection (a Florence-2 and 14 classes; resvg-py draws the icons):
     detection-scenes     icons/, photographs/, scenes.npz, coco/: 60,000 scenes to train the base on, a COCO data set of 24 classes
     detection-tower      florence/: first stage of the base, the vision tower and the encoder on what is under each image token
     detection-answers    florence/: second stage, the answers of Florence-2 to four of its prompts
+    detection-together   florence/: third stage, everything from the pictures
     detection-collect    detection_collection/: one LoRA for each of 14 classes
     detection-generator  detection_generator/: the ICMGenerator, conditioned on sentences and pictures
     detection-bundle     src/peft_icm/bundled/detection/ and bundled/encoder/
@@ -53,6 +54,7 @@ STAGES: dict[str, Callable[[Path], None]] = {
     "detection-scenes": draw_scenes,
     "detection-tower": demo_detector.train_tower,
     "detection-answers": demo_detector.train_answers,
+    "detection-together": demo_detector.train_together,
     "detection-collect": demo_detection.collect_loras,
     "detection-generator": demo_detection.generator,
     "detection-bundle": demo_detection.bundle,

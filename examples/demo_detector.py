@@ -1,4 +1,4 @@
-"""A small Florence-2 of the real class, trained on demo scenes in three stages: tower, answers, everything together.
+"""A small Florence-2 of the real class, trained on demo scenes in three stages: tower, answers, both together.
 
 The seq2seq loss alone stands still for thousands of steps before such a model learns to point. What gets it over that: a first stage
 in which the encoder's image tokens name the object under them and its box, through the very embeddings of the location tokens that
@@ -293,7 +293,7 @@ def _rows(count: int, steps: int, batch: int) -> Iterator[Tensor]:
         order = order[batch:]
 
 
-def train_tower(build: Path, steps: int, batch: int = 64, rate: float = 2e-3) -> None:
+def train_tower(build: Path, steps: int = 1500, batch: int = 64, rate: float = 2e-3) -> None:
     """First stage: tower and encoder alone, on the dense loss."""
     torch.manual_seed(0)
     found = processor()
@@ -324,17 +324,26 @@ def _see(florence: Any, data: Scenes, batch: int = 256) -> Tensor:
     return torch.cat(parts)
 
 
-def train_answers(build: Path, steps: int, batch: int = 64, rate: float = 1.5e-3) -> None:
+def train_answers(build: Path, steps: int = 3000) -> None:
     """Second stage: what the frozen tower sees is computed once; projector, encoder and decoder learn to answer."""
-    torch.manual_seed(1)
-    draw = np.random.default_rng(1)
+    _answer(build, steps, rate=1.5e-3, seed=1, frozen=True)
+
+
+def train_together(build: Path, steps: int = 700) -> None:
+    """Third stage: everything, from the pictures."""
+    _answer(build, steps, rate=5e-4, seed=2, frozen=False)
+
+
+def _answer(build: Path, steps: int, *, rate: float, seed: int, frozen: bool, batch: int = 64) -> None:
+    torch.manual_seed(seed)
+    draw = np.random.default_rng(seed)
     found = processor()
     florence = Florence2ForConditionalGeneration.from_pretrained(build / "florence", dtype=torch.float32)
     data = Scenes(build, found)
     heads = Heads(len(data.names))
     heads.load_state_dict(torch.load(build / "heads.pt", weights_only=True))
-    seen = _see(florence, data)
-    florence.train().model.vision_tower.requires_grad_(False)
+    seen = _see(florence, data) if frozen else None
+    florence.train().model.vision_tower.requires_grad_(not frozen)
     stage = Stage(build, florence, heads, found, steps, rate)
     coarse = locations(found, torch.arange(STEP // 2, 1000, STEP))
     low, high = int(coarse[0]), int(coarse[-1])
@@ -345,7 +354,8 @@ def train_answers(build: Path, steps: int, batch: int = 64, rate: float = 1.5e-3
         shifted = F.pad(labels[:, :-1], (1, 0), value=found.tokenizer.eos_token_id)
         shifted = shifted.masked_fill(shifted == -100, found.tokenizer.pad_token_id)
         with torch.autocast("cpu", torch.bfloat16):
-            image = florence.model.multi_modal_projector(seen[rows].float())
+            view = florence.model.vision_tower(data.pixels(rows)).last_hidden_state if seen is None else seen[rows].float()
+            image = florence.model.multi_modal_projector(view)
             words = torch.cat([image, embeddings[inputs["input_ids"][:, image.shape[1] :]].to(image.dtype)], 1)
             mask = inputs["attention_mask"]
             tokens = florence.model.language_model.encoder(inputs_embeds=words, attention_mask=mask)[0]

@@ -248,7 +248,7 @@ def test_shared_tensors_are_not_copied_until_they_are_written_to(family):
 
 @pytest.mark.parametrize("prepare", [lambda model: model, untie], ids=["as it is", "untied"])
 def test_a_merge_leaves_the_generator_s_own_base_and_other_models_as_they_were(saved_family, tmp_path, vector, prepare):
-    base, layout = saved_family
+    _, layout = saved_family
     icm = generator(AdapterLayout.from_dict({**layout.to_dict(), "base_model_name_or_path": str(tmp_path / "base")}))
     other = icm.generate_adapter(task_vector=vector, generator=seeded(1))
     expected = logits(other)

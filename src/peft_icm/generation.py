@@ -147,7 +147,8 @@ class AdapterMixin:
             text (`str`, *optional*): What the adapter is for, e.g. `"detect sofas"`.
             base_model (`str`, `Path`, `PreTrainedModel` or `PeftModel`, *optional*): `None` loads the base that the generator was
                 trained for, once; every call gives a model of its own on the same memory, until something is written to (a merge gets
-                its own copy of what it changes). An id or folder is loaded. A `PreTrainedModel` is wrapped in place. On a `PeftModel` the named adapter is added, or swapped where it is there.
+                its own copy of what it changes). An id or folder is loaded. A `PreTrainedModel` is wrapped in place. On a `PeftModel`
+                the named adapter is added, or swapped where it is there.
             examples (`Sequence[str]`, *optional*): Examples of the task instead of a text.
             images (`Sequence[PIL.Image.Image, str or Path]`, *optional*): Pictures of the task, instead of a text or beside it.
             task_vector (`Tensor`, *optional*): `[d]` instead of a text.
