@@ -375,7 +375,8 @@ def _answer(build: Path, steps: int, *, rate: float, seed: int, frozen: bool, ba
 
 def save(florence: Any, found: Florence2Processor, folder: Path) -> None:
     """Weights in bf16, and the processor."""
-    weights = {name: value.to(torch.bfloat16) for name, value in florence.state_dict().items() if name != "lm_head.weight"}
+    tied = ("lm_head.weight", "embed_tokens.weight")  # all are language_model.shared
+    weights = {name: value.to(torch.bfloat16) for name, value in florence.state_dict().items() if not name.endswith(tied)}
     florence.config.dtype = torch.bfloat16
     florence.save_pretrained(folder, state_dict=weights)
     florence.config.dtype = torch.float32

@@ -97,6 +97,8 @@ def save_figure(figure: Figure, file: str | os.PathLike[str]) -> None:
     from matplotlib import pyplot
 
     temporary = Path(f"{file}.part")
-    figure.savefig(temporary, dpi=130, format="png")
-    pyplot.close(figure)
+    try:
+        figure.savefig(temporary, dpi=130, format="png")
+    finally:
+        pyplot.close(figure)
     os.replace(temporary, file)

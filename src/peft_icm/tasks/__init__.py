@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from .detection import DetectionTask, load_detection_tasks
@@ -19,8 +20,11 @@ def load_tasks(folder: str | Path) -> list[LanguageModelingTask] | list[Detectio
         `list[LanguageModelingTask]` or `list[DetectionTask]`
 
     Raises:
-        `ValueError`: If the folder holds neither.
+        `ValueError`: If the folder holds neither, or its list of tasks is empty.
     """
     file = Path(folder) / "tasks.json"
-    is_detection = file.is_file() and '"annotations"' in file.read_text(encoding="utf-8")
-    return load_detection_tasks(folder) if is_detection else load_language_modeling_tasks(folder)
+    is_detection = file.is_file() and re.search(r'"annotations"\s*:', file.read_text(encoding="utf-8"))
+    tasks = load_detection_tasks(folder) if is_detection else load_language_modeling_tasks(folder)
+    if not tasks:
+        raise ValueError(f"{file} lists no tasks.")
+    return tasks
