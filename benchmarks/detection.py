@@ -83,6 +83,8 @@ def main() -> None:
 
     matrix = cross_detection(generator, processor, tasks, scenes[:MATRIX_SCENES], batch_size=64)
     plot_matrix(matrix, HERE / "detection_matrix.png")
+    print(f"{'adapter x class':16}" + "".join(f"{name[:7]:>8}" for name in matrix))
+    print("\n".join(f"{name:16}" + "".join(f"{value:8.2f}" for value in row.values()) for name, row in matrix.items()), flush=True)
     sheet(generator, processor, tasks, own, scenes)
     report = evaluate_detection(generator, processor, tasks, own, batch_size=64)
     print(report.table())

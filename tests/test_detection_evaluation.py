@@ -13,7 +13,15 @@ from transformers import Florence2ForConditionalGeneration
 
 from peft_icm import AdapterLayout
 from peft_icm.adapters import attach
-from peft_icm.detection_evaluation import METRICS, VARIANTS, DetectionEvaluation, class_precision, cross_detection, evaluate_detection
+from peft_icm.detection_evaluation import (
+    METRICS,
+    VARIANTS,
+    DetectionEvaluation,
+    _conditions,
+    class_precision,
+    cross_detection,
+    evaluate_detection,
+)
 from peft_icm.evaluation import GIBBERISH
 from peft_icm.tasks.annotated_images import AnnotatedImage, crops
 from peft_icm.tasks.detection import DetectionExamples, DetectionTask, detect
@@ -197,6 +205,12 @@ class TestEvaluate:
                 rows.append(class_precision(detect(model, florence_processor(), SCENES), SCENES, "couch"))
             expected = {metric: sum(row[metric] for row in rows) / len(rows) for metric in METRICS}
             assert report.scores["sofa"][name] == pytest.approx(expected), name
+
+    def test_each_seed_sees_the_next_four_pictures(self):
+        (sofa, dog) = detection_tasks()
+        found = _conditions(sofa, dog, list("abcdef"), (7, 8, 9))
+        assert found["pictures"] == [({"images": ["a", "b", "c", "d"]}, 7), ({"images": ["e", "f"]}, 8)]
+        assert found["text_and_pictures"] == [({"text": "detect sofas", **condition}, seed) for condition, seed in found["pictures"]]
 
     def test_what_the_encoder_or_the_task_has_nothing_for_is_left_out(self, folder, tmp_path):
         reads_text = florence_generator(folder, sentence(tmp_path))

@@ -81,7 +81,7 @@ class TestWhichKind:
         document[1]()
         with pytest.raises(ValueError, match=r"tasks\.json lists no tasks"):
             load_tasks(folder)
-        for wrong in ("[]", '{"tasks": 3}', "{", '{"annotations": 3}'):
+        for wrong in ("[]", '{"tasks": 3}', '{"tasks": [{"name": "a"}]}', "{", '{"annotations": 3}'):
             (folder / "tasks.json").write_text(wrong)
             with pytest.raises(ValueError, match=r"needs a tasks\.json of the form"):
                 load_tasks(folder)

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoProcessor,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -311,6 +312,7 @@ def _train(base: nn.Module, processor: Any, task: Task, lora_config: LoraConfig,
             train_dataset=task.train_dataset(processor, **args.dataset_kwargs),
             callbacks=[SnapshotCallback(folder, args.num_snapshots)],
         )
+        trainer.remove_callback(PrinterCallback)  # it prints on stdout, which is the caller's
         loss = trainer.train().training_loss
     done = {"layout": AdapterLayout.from_peft_model(model).to_dict(), "train_loss": round(loss, 4)}
     temporary = folder / f"{DONE}.part"

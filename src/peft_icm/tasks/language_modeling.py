@@ -107,9 +107,12 @@ def load_tasks(folder: str | Path) -> list[LanguageModelingTask]:
     """
     root = Path(folder)
     try:
-        entries = json.loads((root / "tasks.json").read_text(encoding="utf-8"))["tasks"]
+        entries = [
+            (entry["name"], entry["descriptions"], entry.get("train"), entry.get("test"), entry.get("unseen_descriptions", []))
+            for entry in json.loads((root / "tasks.json").read_text(encoding="utf-8"))["tasks"]
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{root} needs a tasks.json of the form {{"tasks": [{{"name", "descriptions", ...}}]}} ({error}).') from error
+        raise ValueError(f'{root} needs a tasks.json of the form {{"tasks": [{{"name", "descriptions", ...}}]}} ({error!r}).') from error
 
     def read(name: str | None) -> list[str]:
         if name is None:
@@ -119,14 +122,7 @@ def load_tasks(folder: str | Path) -> list[LanguageModelingTask]:
         return (root / name).read_text(encoding="utf-8").split(DOCUMENT_SEPARATOR)
 
     return [
-        LanguageModelingTask(
-            entry["name"],
-            entry["descriptions"],
-            read(entry.get("train")),
-            read(entry.get("test")),
-            entry.get("unseen_descriptions", []),
-        )
-        for entry in entries
+        LanguageModelingTask(name, descriptions, read(train), read(test), unseen) for name, descriptions, train, test, unseen in entries
     ]
 
 
