@@ -26,17 +26,17 @@ from peft_icm.tasks.annotated_images import crops, load_coco
 from peft_icm.tasks.detection import DetectionTask, detection_tasks
 
 TRAIN_SCENES, TEST_SCENES = 10_000, 2_700
-BUNDLED_SCENES = 150
+BUNDLED_SCENES = 120
 PICTURES = 160  # crops of each class that the generator learns to read
 
 TARGETS = ["q_proj", "o_proj", "k_proj", "v_proj", "linear", "Conv2d", "lm_head", "fc2"]  # the paper's
 LORA_RANK = 4
 LORA_EPOCHS, LORA_SNAPSHOTS = 20, 8
-LORA_IMAGES = 256  # in an epoch
+LORA_IMAGES = 320  # in an epoch
 LORA_LEARNING_RATE = 2e-3  # higher ones cost AP75
 
 GENERATOR_EPOCHS = 1200
-GENERATOR_COMPONENTS, GENERATOR_LATENT, GENERATOR_KL_WEIGHT = 16, 32, 0.01
+GENERATOR_COMPONENTS, GENERATOR_LATENT, GENERATOR_KL_WEIGHT = 15, 32, 0.01
 
 LICENCES = """# Licences of what is bundled
 
@@ -96,7 +96,7 @@ def collect_loras(build: Path) -> None:
         learning_rate=LORA_LEARNING_RATE,
         lr_scheduler_type="cosine",
         per_device_train_batch_size=16,
-        dataset_kwargs={"location_step": STEP, "negatives": 0.6, "images_per_epoch": LORA_IMAGES, "in_memory": True},
+        dataset_kwargs={"location_step": STEP, "negatives": 2.0, "images_per_epoch": LORA_IMAGES, "in_memory": True},
         num_workers=2,
     )
     lora = LoraConfig(r=LORA_RANK, lora_alpha=4 * LORA_RANK, target_modules=TARGETS, task_type=None)

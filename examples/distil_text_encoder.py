@@ -105,7 +105,7 @@ def main() -> None:
     (folder / "bpe_merges.txt.gz").write_bytes(gzip.compress("\n".join(merges).encode(), mtime=0))
     tokenizer = SimpleTokenizer(bpe_path=str(folder / "bpe_merges.txt.gz"), context_length=CONTEXT)
     text_cfg = {"context_length": CONTEXT, "vocab_size": tokenizer.vocab_size, "width": 160, "heads": 4, "layers": 4}
-    # open_clip builds both towers at once: the image tower is the smallest there is, untrained until the detection issue.
+    # open_clip builds both towers at once: the image tower is the smallest there is; train_image_tower.py puts a trained one in its place.
     vision_cfg = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
     model_cfg = {"embed_dim": 384, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
     student = open_clip.CLIP(**model_cfg)

@@ -45,3 +45,10 @@ def test_llama3_pile_at_demo_size(tmp_path):
     output = run("llama3_pile.py", tmp_path, "--demo")
     assert "P = 10,240" in output and "all tasks" in output
     assert (tmp_path / "llama3-pile" / "report.png").is_file()
+
+
+@pytest.mark.slow
+def test_florence2_coco_at_demo_size(tmp_path):
+    output = run("florence2_coco.py", tmp_path, "--demo")
+    assert "5 tasks, P = 27,492" in output and "text+pictures" in output and "motorbike" in output
+    assert (tmp_path / "florence2-coco" / "task_vectors.png").is_file() and (tmp_path / "florence2-coco" / "report.png").is_file()

@@ -77,7 +77,7 @@ def plot_detections(
         for axes, name, detected in zip(row, found, detections, strict=True):
             axes.imshow(picture)
             axes.set(xticks=[], yticks=[])
-            if row is grid[0]:
+            if image is images[0]:
                 axes.set_title(name)
             own = zip(image.boxes, image.labels, [None] * len(image.boxes), strict=True)
             scored = zip(detected["boxes"], detected["labels"], detected["scores"], strict=True)
