@@ -99,7 +99,9 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         if step % 250 == 249 or step == args.steps - 1:
+            clip.eval()
             unseen = embed(held)
+            clip.train()
             right = ((unseen @ captions[: len(CLASSES)].T).argmax(1) == held_labels).float().mean()
             cosine = (unseen * captions[held_labels]).sum(1).mean()
             print(f"step {step + 1}: loss {loss:.3f}; unseen styles: right {right:.3f} of {len(CLASSES)}, cosine {cosine:.3f}", flush=True)

@@ -61,7 +61,7 @@ def share_tensors(model: PreTrainedModel) -> PreTrainedModel:
     def clone(tensor: Tensor) -> Tensor:
         if type(tensor) not in (Tensor, nn.Parameter):
             return tensor  # a quantised weight; peft replaces it in a merge
-        if not torch._C._is_cow_tensor(tensor):
+        if not torch._C._is_cow_tensor(tensor):  # type: ignore[attr-defined]
             tensor.data = tensor.data.clone()  # once: memory that is mapped from a checkpoint cannot be shared so
         lazy = torch._lazy_clone(tensor.detach())
         return nn.Parameter(lazy, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else lazy
