@@ -8,7 +8,19 @@ from pathlib import Path
 
 import torch
 from demo_detector import SCENE, STEP
-from demo_scenes import CLASSES, COLOUR_STYLES, GLYPH_STYLES, PACKAGES, TEST_STYLES, Icons, photographs, scenes, write_coco
+from demo_scenes import (
+    CLASSES,
+    COLOUR_STYLES,
+    GLYPH_STYLES,
+    PACKAGES,
+    PHOTOGRAPHS,
+    TEST_PHOTOGRAPHS,
+    TEST_STYLES,
+    Icons,
+    photographs,
+    scenes,
+    write_coco,
+)
 from peft import LoraConfig
 
 from peft_icm import (
@@ -172,6 +184,8 @@ def bundle(build: Path) -> None:
         licence = json.loads((build / "icons" / style / "info.json").read_text())["license"]["title"]
         use = "icons of the scenes" if style in TEST_STYLES else "icons trained on, none bundled"
         rows.append(f"| {use} | npm:@iconify-json/{style} {version} | {licence} |")
-    rows.append("| photographs | debian:lomiri-wallpapers-16.04, lomiri-wallpapers-20.04 | CC BY-SA 4.0, CC BY 4.0, CC0 |")
+    files = sorted((build / "photographs").glob("usr/share/backgrounds/**/*.jpg"))[:TEST_PHOTOGRAPHS]
+    names = ", ".join(file.stem.replace("_", " ") for file in files)
+    rows.append(f"| photographs of the scenes: {names} | debian:{', '.join(PHOTOGRAPHS)} | CC BY-SA 4.0, CC BY 4.0, CC0 |")
     (target / "LICENSES.md").write_text(LICENCES.format(table="\n".join(rows)), encoding="utf-8")
     print(f"{bundled}: {sum(file.stat().st_size for file in bundled.rglob('*') if file.is_file()) / 1e6:.2f} MB")

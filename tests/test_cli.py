@@ -103,7 +103,7 @@ class TestWrong:
             ),
             (["generate", "bundled:text", "--image", "EMPTY", "-o", "OUT"], "is no picture that can be opened"),
             (["generate", "bundled:encoder", SENTENCE, "-o", "OUT"], "no bundled generator 'encoder': choose one of"),
-            (["generate", "bundled:nope", SENTENCE, "-o", "OUT"], "no bundled generator 'nope': choose one of text"),
+            (["generate", "bundled:nope", SENTENCE, "-o", "OUT"], "no bundled generator 'nope': choose one of detection, text"),
             (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--temperature", "-1"], "temperature=-1.0 must be >= 0"),
             (["generate", "org/misspelt", SENTENCE, "-o", "OUT"], "org/misspelt"),
             (["generate", "no/such/folder", SENTENCE, "-o", "OUT"], "no/such/folder"),

@@ -41,7 +41,8 @@ def plot_task_vectors(task_vectors: Mapping[str, Tensor], file: str | os.PathLik
     parts = torch.from_numpy(places).split([len(vectors) for vectors in task_vectors.values()])
     for index, (task, part) in enumerate(zip(task_vectors, parts, strict=True)):
         axes.scatter(part[:, 0], part[:, 1], s=12, color=colours(index % 20), label=task)
-    axes.set(xticks=[], yticks=[], title=title)
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize="medium")
     figure.legend(loc="outside right upper", frameon=False)
     save_figure(figure, file)
 
