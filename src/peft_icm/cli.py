@@ -257,7 +257,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT.work")
 
     p = verb(generate, "generate")
-    p.add_argument("generator", help="Hub id or folder of a generator; bundled:text is the bundled one")
+    p.add_argument("generator", help="Hub id or folder of a generator; bundled:text and bundled:detection are the bundled ones")
     p.add_argument("text", nargs="?", help="what the adapter is for")
     p.add_argument("-o", "--output", required=True, help="folder of the adapter")
     p.add_argument("--example", action="append", help="an example of the task instead of a text; may be repeated")
@@ -271,7 +271,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--token", default=None, help="access token; by default the stored one")
 
     p = verb(evaluate, "evaluate")
-    p.add_argument("generator", help="Hub id or folder of a generator; bundled:text is the bundled one")
+    p.add_argument("generator", help="Hub id or folder of a generator; bundled:text and bundled:detection are the bundled ones")
     p.add_argument("--tasks", required=True, help="folder with tasks.json and held-out texts or annotated images")
     p.add_argument("--collection", required=True, help="collection whose last snapshots are the own LoRAs")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of z")
