@@ -5,6 +5,9 @@ import tempfile
 
 from hub_server import TOKEN, Hub
 
+# Each worker of pytest-xdist, and each process that it starts, gets its share of the cores: sharing them makes torch ten times slower.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
 _hub = Hub()
 _home = tempfile.TemporaryDirectory()
 os.environ |= {
@@ -17,9 +20,6 @@ os.environ |= {
 os.environ.pop("HF_TOKEN", None)
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
-
-torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 
 
 @pytest.fixture(params=["regular", "lfs"])
