@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
+from demo_bundle import bundled_size, train_generator, write_bundle
 from demo_detector import SCENE, STEP
 from demo_scenes import (
     CLASSES,
@@ -24,16 +24,10 @@ from demo_scenes import (
 from peft import LoraConfig
 
 from peft_icm import (
-    AdapterCollection,
-    AdapterLayout,
     CollectingArguments,
     ICMConfig,
-    ICMGenerator,
-    ICMTrainer,
-    ICMTrainingArguments,
     collect,
 )
-from peft_icm.conditioning import ClipEncoder
 from peft_icm.tasks.annotated_images import crops, load_coco
 from peft_icm.tasks.detection import DetectionTask, detection_tasks
 
@@ -47,7 +41,6 @@ LORA_EPOCHS, LORA_SNAPSHOTS = 20, 8
 LORA_IMAGES = 320  # in an epoch
 LORA_LEARNING_RATE = 2e-3  # higher ones cost AP75
 
-GENERATOR_EPOCHS = 1200
 GENERATOR_COMPONENTS, GENERATOR_LATENT, GENERATOR_KL_WEIGHT = 15, 32, 0.01
 
 LICENCES = """# Licences of what is bundled
@@ -118,47 +111,18 @@ def collect_loras(build: Path) -> None:
 
 
 def generator(build: Path) -> None:
-    """Train the generator on sentences and crops; the log goes to `detection_trainer/`."""
+    """Train the generator on sentences and crops."""
     found = tasks(build)
-    encoder = ClipEncoder.from_pretrained(str(build / "encoder"))
-    collection = AdapterCollection.from_pretrained(build / "detection_collection")
-    collection.descriptions = {task.name: task.descriptions for task in found}
-    collection.metadata["base_model"] = "base_model"
-    collection.encode(encoder, images={task.name: crops(task.train_images, task.label, PICTURES) for task in found})
-    args = ICMTrainingArguments(
-        output_dir=str(build / "detection_trainer"),
-        num_train_epochs=GENERATOR_EPOCHS,
-        learning_rate=1e-3,
-        lr_scheduler_type="cosine",
-        eval_strategy="steps",
-        eval_steps=500,
-        logging_steps=250,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-    )
     config = ICMConfig(num_components=GENERATOR_COMPONENTS, latent_size=GENERATOR_LATENT, kl_weight=GENERATOR_KL_WEIGHT)
-    trainer = ICMTrainer(collection, config, args, encoder=encoder)
-    trainer.train()
-    trainer.generator.save_pretrained(build / "detection_generator")
+    sentences = {task.name: task.descriptions for task in found}
+    images = {task.name: crops(task.train_images, task.label, PICTURES) for task in found}
+    train_generator(build / "detection_collection", build / "encoder", config, build / "detection_generator", sentences, images)
 
 
 def bundle(build: Path) -> None:
-    """Write what the package carries: generator in bf16 with its base, own LoRAs in bf16, a part of the test scenes, the shared encoder."""
+    """Write what the package carries, with a part of the test scenes."""
     found = tasks(build)
-    bundled = Path(__file__).parents[1] / "src" / "peft_icm" / "bundled"
-    target = bundled / "detection"
-    shutil.rmtree(target, ignore_errors=True)
-    model = ICMGenerator.from_pretrained(build / "detection_generator", dtype=torch.bfloat16)
-    model.save_pretrained(target / "generator", with_base_model=True)
-    shutil.rmtree(bundled / "encoder")
-    (target / "generator" / "encoder").rename(bundled / "encoder")
-    sha256 = model.config.encoder["sha256"]
-    for name in ("text", "detection"):  # the text tower is the same to the bit: only the name of the whole has changed
-        config = ICMConfig.from_pretrained(bundled / name / "generator")
-        config.encoder = {**config.encoder, "folder": "../../encoder", "sha256": sha256}
-        config.save_pretrained(bundled / name / "generator")
-
+    target = write_bundle("detection", build / "detection_generator", build / "detection_collection", found)
     (target / "tasks" / "images").mkdir(parents=True)
     document = json.loads((build / "coco" / "test.json").read_text())
     document["images"] = document["images"][:BUNDLED_SCENES]
@@ -173,12 +137,6 @@ def bundle(build: Path) -> None:
     split = {"train": None, "test": {"annotations": "test.json", "images": "images"}}
     (target / "tasks" / "tasks.json").write_text(json.dumps({**split, "tasks": entries}, indent=1) + "\n", encoding="utf-8")
 
-    full = AdapterCollection.from_pretrained(build / "detection_collection")
-    own = {task.name: full.final(task.name)[None].to(torch.bfloat16) for task in found}
-    layout = AdapterLayout.from_dict({**full.layout.to_dict(), "base_model_name_or_path": None})
-    metadata = {**full.metadata, "base_model": "base_model"}
-    AdapterCollection(layout, own, {task.name: task.descriptions[:1] for task in found}, metadata=metadata).save_pretrained(target / "own")
-
     rows = []
     for style, version in PACKAGES.items():
         licence = json.loads((build / "icons" / style / "info.json").read_text())["license"]["title"]
@@ -188,4 +146,4 @@ def bundle(build: Path) -> None:
     names = ", ".join(file.stem.replace("_", " ") for file in files)
     rows.append(f"| photographs of the scenes: {names} | debian:{', '.join(PHOTOGRAPHS)} | CC BY-SA 4.0, CC BY 4.0, CC0 |")
     (target / "LICENSES.md").write_text(LICENCES.format(table="\n".join(rows)), encoding="utf-8")
-    print(f"{bundled}: {sum(file.stat().st_size for file in bundled.rglob('*') if file.is_file()) / 1e6:.2f} MB")
+    print(bundled_size())

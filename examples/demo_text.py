@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from demo_bundle import bundled_size, train_generator, write_bundle
 from demo_domains import DOMAINS
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -30,16 +31,10 @@ from transformers import (
 )
 
 from peft_icm import (
-    AdapterCollection,
-    AdapterLayout,
     CollectingArguments,
     ICMConfig,
-    ICMGenerator,
-    ICMTrainer,
-    ICMTrainingArguments,
     collect,
 )
-from peft_icm.conditioning import ClipEncoder
 from peft_icm.tasks.language_modeling import LanguageModelingTask, load_tasks
 
 SEPARATOR = "\n\x00\n"
@@ -59,7 +54,6 @@ LORA_EPOCHS, LORA_SNAPSHOTS = 16, 8
 LORA_BLOCKS = 120  # in an epoch, drawn anew: 240 blocks seen eight times overfitted (wikipedia gained nothing, held out)
 LORA_LEARNING_RATE = 1e-2
 
-GENERATOR_EPOCHS = 1200
 GENERATOR_COMPONENTS = 32  # instead of 42: what is bundled is to stay under 15 MB
 GENERATOR_LATENT = 32
 GENERATOR_KL_WEIGHT = 0.01
@@ -341,46 +335,18 @@ def collect_loras(build: Path) -> None:
 
 
 def generator(build: Path) -> None:
-    """Train the generator; the log goes to `generator_trainer/`."""
+    """Train the generator on sentences."""
     tasks, _ = _descriptions(build)
-    encoder = ClipEncoder.from_pretrained(str(build / "encoder"))
-    collection = AdapterCollection.from_pretrained(build / "collection")
-    collection.descriptions = {task.name: task.descriptions for task in tasks}
-    collection.metadata["base_model"] = "base_model"
-    collection.encode(encoder)
-    args = ICMTrainingArguments(
-        output_dir=str(build / "generator_trainer"),
-        num_train_epochs=GENERATOR_EPOCHS,
-        learning_rate=1e-3,
-        lr_scheduler_type="cosine",
-        eval_strategy="steps",
-        eval_steps=500,
-        logging_steps=250,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-    )
     config = ICMConfig(num_components=GENERATOR_COMPONENTS, latent_size=GENERATOR_LATENT, kl_weight=GENERATOR_KL_WEIGHT)
-    trainer = ICMTrainer(collection, config, args, encoder=encoder)
-    trainer.train()
-    trainer.generator.save_pretrained(build / "generator")
+    sentences = {task.name: task.descriptions for task in tasks}
+    train_generator(build / "collection", build / "encoder", config, build / "generator", sentences)
 
 
 def bundle(build: Path) -> None:
-    """Write what the package carries, the generator in bf16."""
+    """Write what the package carries, with held-out text."""
     tasks, _ = _descriptions(build)
-    target = Path(__file__).parents[1] / "src" / "peft_icm" / "bundled" / "text"
-    shutil.rmtree(target, ignore_errors=True)
-    (target / "tasks").mkdir(parents=True)
-    model = ICMGenerator.from_pretrained(build / "generator", dtype=torch.bfloat16)
-    model.save_pretrained(target / "generator", with_base_model=True)
+    target = write_bundle("text", build / "generator", build / "collection", tasks)
     (target / "generator" / "base_model" / "DONE").unlink(missing_ok=True)
-    shared = target.parent / "encoder"
-    shutil.rmtree(shared, ignore_errors=True)
-    (target / "generator" / "encoder").rename(shared)
-    saved = ICMConfig.from_pretrained(target / "generator")
-    saved.encoder = {**saved.encoder, "folder": "../../encoder"}
-    saved.save_pretrained(target / "generator")
     entries = []
     for task in tasks:
         passages = [text[:BUNDLED_PASSAGE].rsplit("\n", 1)[0] for text in task.test_texts]
@@ -388,14 +354,8 @@ def bundle(build: Path) -> None:
         entry = {"name": task.name, "descriptions": task.descriptions[:1], "unseen_descriptions": task.unseen_descriptions}
         entries.append({**entry, "train": None, "test": f"{task.name}.txt"})
     _write_json({"tasks": entries}, target / "tasks" / "tasks.json")
-    full = AdapterCollection.from_pretrained(build / "collection")
-    own = {task.name: full.final(task.name)[None].to(torch.bfloat16) for task in tasks}
-    layout = AdapterLayout.from_dict({**full.layout.to_dict(), "base_model_name_or_path": None})
-    metadata = {**full.metadata, "base_model": "base_model"}
-    AdapterCollection(layout, own, {task.name: task.descriptions[:1] for task in tasks}, metadata=metadata).save_pretrained(target / "own")
     sources = json.loads((build / "text" / "domains.json").read_text(encoding="utf-8"))
     rows = [f"| {row['name']} | {row['one_line']} | {row['source']} | {row['licence']} |" for row in sources]
     table = "\n".join(["| domain | text | packages | licence |", "|---|---|---|---|", *rows])
     (target / "LICENSES.md").write_text(LICENCES.format(table=table), encoding="utf-8")
-    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    print(f"{target}: {size / 1e6:.2f} MB")
+    print(bundled_size())
