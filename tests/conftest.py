@@ -5,9 +5,9 @@ import tempfile
 
 from hub_server import TOKEN, Hub
 
-# Each worker of pytest-xdist, and each process that it starts, gets its share of the cores: sharing them makes torch ten times slower.
-_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Each worker, and each process that it starts, gets its share of the cores: processes that share cores run ten times slower.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 _hub = Hub()
 _home = tempfile.TemporaryDirectory()
 os.environ |= {
