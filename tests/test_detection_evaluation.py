@@ -259,5 +259,5 @@ class TestCrossDetection:
             found = detect(model, florence_processor(), SCENES, batch_size=32)
             for column, label in (("sofa", "couch"), ("dog", "dog")):
                 alike = [{**one, "labels": [label] * len(one["labels"])} for one in found]
-                assert matrix[name][column] == pytest.approx(class_precision(alike, SCENES, label)["map_50"])
+                assert matrix[name][column] == pytest.approx(class_precision(alike, SCENES, label)["map_50"], abs=LAST_BITS)
         assert matrix["sofa"] != matrix["dog"] and matrix["sofa"]["sofa"] != matrix["sofa"]["dog"]
