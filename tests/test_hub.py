@@ -11,7 +11,8 @@ from tiny import CONDITION_DIM, florence, florence_layout, generator, llama, lla
 
 from peft_icm import AdapterCollection, ICMConfig, ICMGenerator, push_adapter
 from peft_icm.adapter_layout import AdapterLayout
-from peft_icm.hub import adapter_card, cards_folder, generator_card, resolve
+from peft_icm.hub import REPORT, adapter_card, cards_folder, generator_card, resolve
+from peft_icm.memorisation import memorisation_report
 
 REPO = "org/icm-tiny"
 VECTOR = torch.linspace(-1, 1, CONDITION_DIM)
@@ -181,6 +182,57 @@ class TestCard:
 
     def test_templates_are_found(self):
         assert {file.name for file in cards_folder().glob("*.md")} == {"adapter.md", "collection.md", "generator.md"}
+
+
+class TestReport:
+    def report(self, model, snapshots=3, tasks=("cats", "dogs")):
+        torch.manual_seed(0)
+        vectors = {name: torch.randn(1, CONDITION_DIM) for name in tasks}
+        return memorisation_report(
+            model, AdapterCollection(model.layout, {name: torch.randn(snapshots, model.layout.numel) for name in tasks}, {}, vectors)
+        )
+
+    def card(self, report):
+        model = generator()
+        return generator_card(model.config, repo_id=REPO, folder="nowhere", report=report and report(model)).text
+
+    def test_goes_along_in_the_same_commit(self, hub, token, tmp_path, layout):
+        model = generator(layout)
+        report = self.report(model)
+        model.push_to_hub(REPO, token=token, report=report)
+        files = hub.repos["models", REPO].files()
+        assert len(commits(hub)) == 1 and json.loads(files[REPORT]) == report
+        text, mean = files["README.md"].decode(), report["mean"]
+        assert "2 tasks, 8 seeds of z and 6 snapshots. Each task is in `memorisation.json`" in text
+        assert f"| generated adapter to the nearest snapshot | {mean['nearest_snapshot']:.3f} |" in text
+        assert f"| snapshot to the nearest other snapshot | {mean['between_snapshots']:.3f} |" in text
+        assert f"(largest) | {report['cosines']['own']['mean_absolute']:.3f} ({report['cosines']['own']['max_absolute']:.3f}) |" in text
+        assert f"lies {100 * mean['nearest_snapshot']:.1f} % of" in text and f"{mean['ratio']:.2f} times as far" in text
+        assert text.count("nearer than another snapshot") == 1 and "one snapshot of each task" not in text and "None" not in text
+        ICMGenerator.from_pretrained(REPO, cache_dir=tmp_path)
+
+    @pytest.mark.parametrize(
+        ("ratio", "said"), [(0.5, "0.50 times as far as"), (1.5, "1.50 times as far as"), (None, "| generated adapter to the nearest")]
+    )
+    def test_one_sentence_reads_it(self, ratio, said):
+        def changed(model):
+            report = self.report(model)
+            report["mean"]["ratio"] = ratio
+            return report
+
+        text = self.card(changed)
+        assert said in text and "None" not in text
+        assert ("as copies of snapshots are" in text, "no nearer than another" in text) == (ratio == 0.5, ratio == 1.5)
+
+    def test_one_snapshot_of_each_task(self):
+        assert "There is one snapshot of each task here" in self.card(lambda model: self.report(model, snapshots=1))
+
+    def test_one_task_has_no_cosines(self):
+        text = self.card(lambda model: self.report(model, tasks=("cats",)))
+        assert "over\n1 task, 8 seeds" in text and "cosine" not in text and "None" not in text
+
+    def test_no_section_without_one(self):
+        assert "memorise" not in self.card(None)
 
 
 class TestWhatGoesWrong:

@@ -117,7 +117,7 @@ class TestMetrics:
             assert perplexity() == pytest.approx(before)
 
     def test_unknown(self):
-        with pytest.raises(ValueError, match="choose one of bits_per_character, mean_average_precision, perplexity"):
+        with pytest.raises(ValueError, match="choose one of adapter_fidelity, bits_per_character, mean_average_precision, perplexity"):
             metric_path("bleu")
 
 

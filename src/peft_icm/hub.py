@@ -28,6 +28,7 @@ from .configuration_icm import ICMConfig
 
 BASE_FOLDER = "base_model"
 CARD = "README.md"
+REPORT = "memorisation.json"
 MARK = re.compile(r"\n<!-- written by peft_icm, sha256 ([0-9a-f]{64}) -->\n*$")
 # The Hub's pipeline tags by the classes of base models; a class that reads pictures and text may be listed under both.
 _PIPELINES = {
@@ -172,13 +173,16 @@ def copy_base(base: str | os.PathLike[str], folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------- cards
-def generator_card(config: ICMConfig, *, repo_id: str, folder: str | os.PathLike[str]) -> ModelCard:
+def generator_card(
+    config: ICMConfig, *, repo_id: str, folder: str | os.PathLike[str], report: Mapping[str, Any] | None = None
+) -> ModelCard:
     """The card of a generator; what is not known is left out.
 
     Args:
         config ([`ICMConfig`]): Of the generator.
         repo_id (`str`): Where it will live.
         folder (`str` or `Path`): Where it is saved, to count its bytes.
+        report (`Mapping`, *optional*): What [`memorisation_report`] returned, for a section on it.
 
     Returns:
         `huggingface_hub.ModelCard`
@@ -237,6 +241,8 @@ def generator_card(config: ICMConfig, *, repo_id: str, folder: str | os.PathLike
         tasks=config.tasks or [],
         facts=_training_facts(training),
         metrics=metrics,
+        report=report,
+        report_file=REPORT,
         **_lora(layout),
     )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_icm import ICMConfig
 from .generation import AdapterMixin, Generators
-from .hub import BASE_FOLDER, copy_base, generator_card, push_folder
+from .hub import BASE_FOLDER, REPORT, copy_base, generator_card, push_folder
 from .networks import NETWORKS, ContextAttention, Statistics
 
 ENCODER_FOLDER = "encoder"
@@ -287,6 +288,7 @@ class ICMGenerator(AdapterMixin, PreTrainedModel):
         revision: str | None = None,
         create_pr: bool = False,
         overwrite_card: bool = False,
+        report: Mapping[str, Any] | None = None,
     ) -> CommitInfo:
         """Push the generator in one commit, with a card that tells what is known and nothing else.
 
@@ -300,14 +302,22 @@ class ICMGenerator(AdapterMixin, PreTrainedModel):
             revision (`str`, *optional*): Branch.
             create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
             overwrite_card (`bool`, defaults to `False`): Replace a card that was edited by hand.
+            report (`Mapping`, *optional*): What [`memorisation_report`] returned: goes along as `memorisation.json`, and its means into
+                the card.
 
         Returns:
             `huggingface_hub.CommitInfo`: Of the one commit.
         """
+
+        def write(folder: Path) -> None:
+            self.save_pretrained(folder, with_base_model=True)
+            if report is not None:
+                (folder / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+
         return push_folder(
-            lambda folder: self.save_pretrained(folder, with_base_model=True),
+            write,
             repo_id,
-            card=lambda folder: generator_card(ICMConfig.from_pretrained(folder), repo_id=repo_id, folder=folder),
+            card=lambda folder: generator_card(ICMConfig.from_pretrained(folder), repo_id=repo_id, folder=folder, report=report),
             commit_message=commit_message,
             private=private,
             token=token,

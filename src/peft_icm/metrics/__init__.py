@@ -7,7 +7,7 @@ def metric_path(name: str) -> str:
     """The folder of a metric, for `evaluate.load`.
 
     Args:
-        name (`str`): `"perplexity"`, `"bits_per_character"` or `"mean_average_precision"`.
+        name (`str`): `"perplexity"`, `"bits_per_character"`, `"mean_average_precision"` or `"adapter_fidelity"`.
 
     Raises:
         `ValueError`: If there is no such metric.

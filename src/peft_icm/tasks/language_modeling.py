@@ -203,6 +203,45 @@ def nll(
     Raises:
         `ValueError`: If a text is empty, or the tokenizer has neither BOS nor EOS.
     """
+    totals = [0.0] * len(texts)
+    sizes = [0] * len(texts)
+    for rows, logits, labels in _score(model, tokenizer, texts, max_length, batch_size, progress):
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
+        losses = losses.view(len(rows), -1).double().sum(1)
+        for text, loss, count in zip(rows, losses.tolist(), (labels != -100).sum(1).tolist(), strict=True):
+            totals[text] += loss
+            sizes[text] += count
+    return [NLL(total, size, len(text)) for total, size, text in zip(totals, sizes, texts, strict=True)]
+
+
+@torch.no_grad()
+def wrong_tokens(
+    model: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int | None = None, batch_size: int = 16, progress: bool = True
+) -> Tensor:
+    """Which tokens of raw texts are not the model's most likely prediction.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): A causal language model.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        texts, max_length, batch_size, progress: See [`nll`].
+
+    Returns:
+        `Tensor`: `[tokens]` booleans, in an order that is the same for every model of one tokenizer.
+
+    Raises:
+        `ValueError`: See [`nll`].
+    """
+    parts = [
+        (logits.argmax(-1) != labels)[labels != -100].cpu()
+        for _, logits, labels in _score(model, tokenizer, texts, max_length, batch_size, progress)
+    ]
+    return torch.cat(parts)
+
+
+def _score(
+    model: Any, tokenizer: Any, texts: Sequence[str], max_length: int | None, batch_size: int, progress: bool
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Batches of windows, shortest first: the text of each row, logits `[B, T, V]`, and the token each predicts `[B, T]` (-100: not scored)."""
     if isinstance(texts, str) or not all(isinstance(text, str) and text for text in texts):
         raise ValueError("texts must be a list of non-empty strings.")
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -215,7 +254,6 @@ def nll(
         ((index, *window) for index, row in enumerate(ids) for window in windows(len(row), size)),
         key=lambda job: job[2] - job[1],
     )
-    totals = [0.0] * len(ids)
     was_training = model.training
     model.eval()
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
@@ -229,8 +267,5 @@ def nll(
             labels[row, first - begin : len(piece)] = piece[first - begin :]
         tokens, mask, labels = (tensor.to(model.device) for tensor in (tokens, mask, labels))
         logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1].float()
-        losses = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=-100)
-        for (index, *_), loss in zip(batch, losses.view(len(batch), -1).double().sum(1).tolist(), strict=True):
-            totals[index] += loss
+        yield [index for index, *_ in batch], logits, labels[:, 1:]
     model.train(was_training)
-    return [NLL(total, len(row) - 1, len(text)) for total, row, text in zip(totals, ids, texts, strict=True)]
