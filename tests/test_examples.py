@@ -52,3 +52,9 @@ def test_florence2_coco_at_demo_size(tmp_path):
     output = run("florence2_coco.py", tmp_path, "--demo")
     assert "5 tasks, P = 27,492" in output and "text+pictures" in output and "motorbike" in output
     assert (tmp_path / "florence2-coco" / "task_vectors.png").is_file() and (tmp_path / "florence2-coco" / "report.png").is_file()
+
+
+def test_reproduction_data_names_its_parts(tmp_path):
+    output = run("reproduction_data.py", tmp_path, "--help")
+    assert all(part in output for part in ("text", "detection", "smollm2"))
+    assert not list(tmp_path.iterdir())
