@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import TOKEN
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from test_training import tiny_collection
-from tiny import TEXTS, llama, tokenizer
+from tiny import TEXTS, generator, llama, tokenizer
 from transformers import AutoModelForCausalLM
 
 from peft_icm import AdapterCollection, ICMGenerator, bundled_generator
@@ -152,6 +153,34 @@ class TestWrong:
         assert "401" in capsys.readouterr().err
 
 
+class TestPushWithReport:
+    """What cannot be reported on is refused before anything is pushed."""
+
+    def refused(self, hub, capsys, folder, collection):
+        assert run("push", folder, "org/tiny", "--token", TOKEN, "--with-report", collection) == 2
+        assert not hub.repos
+        return capsys.readouterr().err
+
+    def test_what_is_no_generator(self, work, hub, tmp_path, capsys):
+        (tmp_path / "adapter_config.json").write_text("{}")
+        for folder, held in ((work / "collection", "a collection"), (tmp_path, "an adapter")):
+            assert f"--with-report is for generators, {folder} holds {held}" in self.refused(hub, capsys, folder, work / "collection")
+
+    def test_a_collection_that_does_not_fit(self, work, hub, tmp_path, capsys):
+        generator().save_pretrained(tmp_path / "g")
+        assert "another layout than the generator: lora_alpha: expected 8, found 4" in self.refused(
+            hub, capsys, tmp_path / "g", work / "collection"
+        )
+        collection = tiny_collection()
+        collection.encoder = {"kind": "clip", "sha256": "1" * 64}
+        collection.save_pretrained(tmp_path / "c")
+        assert f"by the encoder of sha256 {'1' * 12}" in self.refused(hub, capsys, tmp_path / "g", tmp_path / "c")
+        collection.task_vectors, collection.encoder = {}, None
+        collection.save_pretrained(tmp_path / "c")
+        assert "no task vectors for 'task0'" in self.refused(hub, capsys, tmp_path / "g", tmp_path / "c")
+        assert "is neither a folder nor a dataset repo" in self.refused(hub, capsys, tmp_path / "g", "org/none")
+
+
 def test_help_tells_defaults(capsys):
     for verb in ("demo", "collect", "train", "generate", "evaluate", "push"):
         with pytest.raises(SystemExit) as stop:
@@ -183,7 +212,12 @@ def test_from_base_to_hub(work, hub, token, tmp_path, capsys):
     assert printed == json.loads(report.read_text())
     assert {"name", "base", "own", "generated", "unseen_phrasing", "wrong_task", "gibberish"} == set(printed["tasks"][0])
     assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert run("push", generator, "org/tiny", "--token", token) == 0
+    arguments = ["push", generator, "org/tiny", "--token", token, "--with-report", work / "collection", "--json"]
+    assert run(*arguments) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"repo_id", "commit", "url"}
+    files = hub.repos["models", "org/tiny"].files()
+    assert [row["name"] for row in json.loads(files["memorisation.json"])["tasks"]] == ["sonnet", "novel", "genesis"]
+    assert "## Does it memorise?" in files["README.md"].decode()
     assert run("push", work / "collection", "org/loras", "--token", token, "--private") == 0
     assert run("generate", "org/tiny", "write a sonnet", "-o", tmp_path / "sonnet") == 0
     assert run("push", tmp_path / "sonnet", "org/sonnet", "--token", token) == 0

@@ -1,8 +1,9 @@
-"""The command line: peft-icm demo | collect | train | generate | evaluate | push."""
+"""The command line: peft-icm demo | collect | train | generate | evaluate | push | reproduce."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -26,7 +27,9 @@ from .configuration_icm import ARCHITECTURES, ICMConfig
 from .demo import SENTENCES, run_demo
 from .detection_evaluation import DetectionEvaluation, evaluate_detection
 from .evaluation import Evaluation, evaluate_generator
+from .memorisation import memorisation_report
 from .modeling_icm import ICMGenerator
+from .reproduction.scales import SCALES
 from .tasks import load_tasks
 from .tasks.annotated_images import crops
 from .tasks.detection import DetectionTask
@@ -177,20 +180,49 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def reproduce_(args: argparse.Namespace) -> dict[str, Any]:
+    """The paper's tables and figures with their baselines, at a size that fits the machine."""
+    from .reproduction.dry_run import DryRunSettings, dry_run, dry_run_table
+    from .reproduction.run import reproduce  # imports diffusers, which the other verbs do without
+
+    if args.dry_run:
+        if args.scale != "paper":
+            raise ValueError(f"--dry-run is for --scale paper; --scale {args.scale} runs on this machine: leave --dry-run out.")
+        result = dry_run(DryRunSettings())
+        _say(args, dry_run_table(result))
+        return result
+    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):  # the Trainer writes its log on stdout
+        return reproduce(args.scale, args.work, args.output, only=args.only, ranks=args.ranks, quiet=args.json)
+
+
 def push(args: argparse.Namespace) -> dict[str, Any]:
     """Push a generator, a generated adapter or a collection to the Hub, with its card."""
     folder = Path(args.folder)
     options = {"private": args.private or None, "revision": args.revision, "create_pr": args.create_pr, "token": args.token}
+    other = {"collection.json": "a collection", "adapter_config.json": "an adapter"}
+    held = next((what for name, what in other.items() if (folder / name).is_file()), None)
+    if args.with_report and held:
+        raise ValueError(f"--with-report is for generators, {folder} holds {held}: push it without.")
     if (folder / "collection.json").is_file():
         info = AdapterCollection.from_pretrained(folder).push_to_hub(args.repo_id, **options)
     elif (folder / "adapter_config.json").is_file():
         info = push_adapter(folder, args.repo_id, **options)
     elif (folder / "config.json").is_file():
-        info = ICMGenerator.from_pretrained(folder).push_to_hub(args.repo_id, **options)
+        generator = ICMGenerator.from_pretrained(folder)
+        report = _memorisation(generator, args.with_report, args.token) if args.with_report else None
+        info = generator.push_to_hub(args.repo_id, report=report, **options)
     else:
         raise ValueError(f"{folder} holds no generator, no adapter and no collection.")
     _say(args, str(info.commit_url))
     return {"repo_id": args.repo_id, "commit": info.oid, "url": str(info.commit_url)}
+
+
+def _memorisation(generator: ICMGenerator, name: str, token: str | None) -> dict[str, Any]:
+    """The report from a collection; one that `collect` wrote has no task vectors, the generator's own encoder makes them."""
+    collection = AdapterCollection.from_pretrained(name, token=token)
+    if not collection.task_vectors and generator.config.encoder:
+        collection.encode(generator.encoder)
+    return memorisation_report(generator, collection)
 
 
 def _say(args: argparse.Namespace, line: str) -> None:
@@ -278,9 +310,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=int, default=16, help="windows or pictures in a forward pass")
     p.add_argument("-o", "--output", default=None, help="JSON file of the report; a plot is drawn beside it")
 
+    p = verb(reproduce_, "reproduce")
+    p.add_argument("--scale", choices=list(SCALES), default="demo", help="bundled models; SmolLM2-135M; Llama-3-8B and Florence-2")
+    p.add_argument("--work", default="peft-icm-reproduce", help="folder of the data, and of what is made and kept: LoRAs, models, scores")
+    p.add_argument("-o", "--output", default="results", help="folder of the results")
+    p.add_argument(
+        "--only", nargs="+", metavar="PART", default=None, help="table1 ... table6, figure2, figure4, figure5, ablations, memorisation"
+    )
+    p.add_argument("--ranks", type=int, nargs="+", default=None, help="ranks of Tables 3 and 4; by default those of the scale")
+    p.add_argument("--dry-run", action="store_true", help="paper: shapes, bytes, steps, time and memory on the meta device")
+
     p = verb(push, "push")
     p.add_argument("folder", help="folder of a generator, an adapter or a collection")
     p.add_argument("repo_id", help="org/name")
+    p.add_argument("--with-report", metavar="COLLECTION", default=None, help="tell in a generator's card how near it is to these LoRAs")
     p.add_argument("--private", action="store_true", help="create a private repo")
     p.add_argument("--revision", default=None, help="branch")
     p.add_argument("--create-pr", action="store_true", help="open a pull request")

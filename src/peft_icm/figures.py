@@ -53,6 +53,7 @@ def plot_detections(
     file: str | os.PathLike[str],
     *,
     label: str | None = None,
+    rows: Sequence[str] | None = None,
 ) -> None:
     """Draw what several models find in the same pictures, side by side (Figure 4).
 
@@ -61,6 +62,7 @@ def plot_detections(
         found (`Mapping[str, Sequence[Mapping]]`): One column for each model, with what [`detect`] returned for `images`.
         file (`str` or `Path`): The PNG.
         label (`str`, *optional*): Draw only boxes of this label, the pictures' own and those that were found.
+        rows (`Sequence[str]`, *optional*): What is written beside each row.
 
     Raises:
         `ValueError`: If a column has not one entry for each picture.
@@ -73,12 +75,14 @@ def plot_detections(
             raise ValueError(f"{name!r} has detections of {len(column)} pictures, expected {len(images)}.")
     shape = (len(images), len(found))
     figure, grid = pyplot.subplots(*shape, figsize=(2.6 * shape[1], 2.75 * shape[0]), squeeze=False, layout="constrained")
-    for image, row, detections in zip(images, grid, zip(*found.values(), strict=True), strict=True):
+    titles = rows or [""] * len(images)
+    for image, row, detections, title in zip(images, grid, zip(*found.values(), strict=True), titles, strict=True):
         picture = image.load()
+        row[0].set_ylabel(title)
         for axes, name, detected in zip(row, found, detections, strict=True):
             axes.imshow(picture)
             axes.set(xticks=[], yticks=[])
-            if image is images[0]:
+            if row is grid[0]:
                 axes.set_title(name)
             own = zip(image.boxes, image.labels, [None] * len(image.boxes), strict=True)
             scored = zip(detected["boxes"], detected["labels"], detected["scores"], strict=True)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .adapter_layout import AdapterLayout
+from .baselines.base import AdapterSource
 from .collection import AdapterCollection
 from .fidelity import cosine, distances, norms
 from .figures import save_figure
-from .generation import Generators
 
 _DIGITS = 6  # below lies what a difference of equal norms leaves (see fidelity.distances)
 _MEASURES = ("nearest_snapshot", "nearest_is_own_task", "between_snapshots", "to_own", "mode_to_own", "spread")
@@ -24,18 +24,8 @@ _BARS = {
 }
 
 
-class AdapterSampler(Protocol):
-    """Whatever draws adapters from a task vector; an [`ICMGenerator`], or a baseline beside it."""
-
-    layout: AdapterLayout
-
-    def sample(self, condition: Tensor, num_samples: int = 1, generator: Generators = None, temperature: float = 1.0) -> Tensor:
-        """`[d]` -> `[num_samples, P]`; `generator` is a list of one `torch.Generator` for each sample. See [`ICMGenerator.sample`]."""
-        ...
-
-
 def memorisation_report(
-    generator: AdapterSampler, collection: AdapterCollection, *, seeds: Sequence[int] = (0, 1, 2, 3, 4, 5, 6, 7)
+    generator: AdapterSource, collection: AdapterCollection, *, seeds: Sequence[int] = (0, 1, 2, 3, 4, 5, 6, 7)
 ) -> dict[str, Any]:
     """Where generated adapters lie among the snapshots of a collection; from weights alone, no base model runs.
 
@@ -54,7 +44,7 @@ def memorisation_report(
       generated with the first seed. `None` for one task.
 
     Args:
-        generator (`AdapterSampler`): Has a `layout` and draws with `sample(condition, num_samples, generator, temperature)`.
+        generator ([`AdapterSource`]): Has a `layout` and draws with `sample(condition, num_samples, generator, temperature)`.
         collection ([`AdapterCollection`]): With task vectors; the one that the generator was trained on, to ask what it memorised.
         seeds (`Sequence[int]`, defaults to 0 ... 7): Of z, one adapter for each.
 
@@ -119,7 +109,7 @@ def memorisation_report(
     }
 
 
-def _check(generator: AdapterSampler, collection: AdapterCollection, seeds: Sequence[int]) -> None:
+def _check(generator: AdapterSource, collection: AdapterCollection, seeds: Sequence[int]) -> None:
     if not seeds:
         raise ValueError("seeds=() must name at least one seed of z, such as (0, 1, 2).")
     if collection.layout.fingerprint != generator.layout.fingerprint:
@@ -143,7 +133,7 @@ def _check(generator: AdapterSampler, collection: AdapterCollection, seeds: Sequ
         raise ValueError(f"The own LoRA of {zero!r}, the unit of its distances, is zero (B was not trained): train it again.")
 
 
-def _sample(source: AdapterSampler, condition: Tensor, seeds: Sequence[int], temperature: float = 1.0) -> Tensor:
+def _sample(source: AdapterSource, condition: Tensor, seeds: Sequence[int], temperature: float = 1.0) -> Tensor:
     """`[len(seeds), P]`, rounded as a saved adapter is."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return source.sample(condition, len(seeds), generators, temperature).detach().cpu().to(source.layout.torch_dtype)

@@ -58,7 +58,11 @@ class Statistics(nn.Module):
         known = self._spread_of
         if known is None or known[0] is not self.mean or known[1] is not self.std or known[2] != versions:
             sizes = torch.tensor(self.sizes, device=self.mean.device)
-            self._spread_values = tuple(part.repeat_interleave(sizes, output_size=sum(self.sizes)) for part in (self.mean, self.std))
+            total = sum(self.sizes)  # given, because a tensor on the meta device cannot tell it
+            self._spread_values = (
+                self.mean.repeat_interleave(sizes, output_size=total),
+                self.std.repeat_interleave(sizes, output_size=total),
+            )
             self._spread_of = (self.mean, self.std, versions)
         return self._spread_values
 

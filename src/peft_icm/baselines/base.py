@@ -17,16 +17,9 @@ class AdapterSource(Protocol):
 
     Attributes:
         layout ([`AdapterLayout`]): Of the adapters.
-        nbytes (`int`): What has to be kept to go on answering, in bytes; task vectors that are looked up count too. Not asked of an
-            [`ICMGenerator`]: see [`stored_bytes`].
     """
 
     layout: AdapterLayout
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that have to be kept to go on answering."""
-        ...
 
     def sample(self, condition: Tensor, num_samples: int = 1, generator: Generators = None, temperature: float = 1.0) -> Tensor:
         """Adapters for task vectors, as [`ICMGenerator.sample`]; a source without chance has no use for `generator`, `temperature`.
@@ -43,11 +36,25 @@ class AdapterSource(Protocol):
         ...
 
 
-def stored_bytes(source: AdapterSource | nn.Module) -> int:
+class StoredSource(AdapterSource, Protocol):
+    """A source that is no module and knows its own size.
+
+    Attributes:
+        nbytes (`int`): See [`stored_bytes`].
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that have to be kept to go on answering."""
+        ...
+
+
+def stored_bytes(source: StoredSource | nn.Module) -> int:
     """Bytes that have to be kept to go on answering.
 
     Args:
-        source (`AdapterSource` or `nn.Module`): Of a module, such as an [`ICMGenerator`], every tensor of the state dict counts.
+        source (`StoredSource` or `nn.Module`): Task vectors that are looked up count too. Of a module, such as an [`ICMGenerator`], every
+            tensor of the state dict counts.
 
     Returns:
         `int`

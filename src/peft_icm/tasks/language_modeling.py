@@ -241,7 +241,7 @@ def wrong_tokens(
 def _score(
     model: Any, tokenizer: Any, texts: Sequence[str], max_length: int | None, batch_size: int, progress: bool
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Batches of windows, shortest first: the text of each row, logits `[B, T, V]`, and the token each predicts `[B, T]` (-100: not scored)."""
+    """Batches of windows, shortest first: the text of each row, logits `[B, T, V]`, and the next tokens `[B, T]` (-100: not scored)."""
     if isinstance(texts, str) or not all(isinstance(text, str) and text for text in texts):
         raise ValueError("texts must be a list of non-empty strings.")
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

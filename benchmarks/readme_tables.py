@@ -1,0 +1,59 @@
+"""Write the README's tables of results from the JSON under results/, or check that they are what the JSON says.
+
+    python benchmarks/readme_tables.py            # rewrites README.md
+    python benchmarks/readme_tables.py --check    # exit code 1 where it would change something; CI runs this
+
+A table stands between `<!-- table FILE [| COLUMN ...] -->` and `<!-- end -->`; without columns it has all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+from peft_icm.reproduction.results import markdown
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"(<!-- table ([^|>]+?)((?: \| [^|>]+?)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str, root: Path) -> str:
+    """The text with every table written anew."""
+
+    def table(match: re.Match[str]) -> str:
+        document = json.loads((root / match[2]).read_text(encoding="utf-8"))
+        columns = [name.strip() for name in match[3].split("|")[1:]] or document["columns"]
+        if unknown := [name for name in columns if name not in document["columns"]]:
+            raise ValueError(f"{match[2]} has no column {unknown[0]!r}: choose from {', '.join(document['columns'])}.")
+        run = document["run"]
+        versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "transformers", "peft", "diffusers"))
+        seconds = f"{run['seconds']:,.0f} s" if run["seconds"] < 600 else f"{run['seconds'] / 60:,.0f} min"
+        source = f"`{match[2]}`: `{run['command']}`, seeds {run['seeds']}, {run['date']}, {run['machine']}, {versions}; {seconds}."
+        return f"{match[1]}{markdown({**document, 'columns': columns})}\n\n{source}\n{match[4]}"
+
+    return BLOCK.sub(table, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    filled = fill(text, ROOT)
+    if args.check:
+        if filled != text:
+            sys.exit("README.md: a table is not what results/ says; run python benchmarks/readme_tables.py.")
+        print(f"README.md: {len(BLOCK.findall(text))} tables are what results/ says.")
+        return
+    temporary = readme.with_name(".README.md.part")
+    temporary.write_text(filled, encoding="utf-8")
+    os.replace(temporary, readme)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""What the tables are made from: LoRAs, generators and baselines of one family, each made once and kept in the work folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from peft import LoraConfig
+from torch import Tensor
+from torch.utils.data import ConcatDataset
+from transformers import PrinterCallback
+
+from ..baselines.cond_p_diff import CondPDiff
+from ..baselines.cond_p_diff_training import train_cond_p_diff
+from ..bundled import bundled_encoder
+from ..collecting import CollectingArguments, collect
+from ..collection import AdapterCollection
+from ..conditioning import ClipEncoder, TaskEncoder
+from ..configuration_icm import ICMConfig
+from ..modeling_icm import ICMGenerator
+from ..tasks import load_tasks
+from ..tasks.annotated_images import crops
+from ..tasks.detection import DetectionExamples, DetectionTask
+from ..training import ICMTrainer, ICMTrainingArguments
+from .scales import Family
+from .scoring import Memory, Scorer, Task
+
+UNSEEN_PICTURES = 48
+JOINT_STEPS = 2  # the LoRA of all tasks is trained for so many times the steps of one task's LoRA
+
+
+@dataclass
+class JointTask:
+    """All tasks as one: its data set is those of the tasks, one after another.
+
+    Args:
+        tasks (`Sequence[Task]`): The tasks.
+        name (`str`, defaults to `"all"`): A valid file name.
+    """
+
+    tasks: Sequence[Task]
+    name: str = "all"
+    descriptions: Sequence[str] = ()
+
+    def train_dataset(self, processor: Any, **kwargs: Any) -> ConcatDataset[Any]:
+        """The training items of all tasks."""
+        parts = [task.train_dataset(processor, **kwargs) for task in self.tasks]
+        pictures = [part for part in parts if isinstance(part, DetectionExamples)]
+        width = max((part.labels.shape[1] for part in pictures), default=0)
+        for part in pictures:  # answers of one length, so that the collator stacks them
+            part.labels = F.pad(part.labels, (0, width - part.labels.shape[1]), value=-100)
+        return ConcatDataset(parts)
+
+
+class Workshop:
+    """Makes, and keeps, everything that the tables of one family need.
+
+    Args:
+        family ([`Family`]): The recipes.
+        data (`Path`): Holds the family's `tasks.json` in a folder of its name.
+        work (`Path`): Where LoRAs, models and scores are kept; a second run takes what is there.
+
+    Raises:
+        `ValueError`: If a task is missing or has nothing to be tested on.
+    """
+
+    def __init__(self, family: Family, data: Path, work: Path):
+        self.family, self.work = family, work / family.name
+        self.base = family.base_path(data)
+        found: dict[str, Any] = {task.name: task for task in load_tasks(data / family.name)}
+        if missing := [name for name in family.tasks if name not in found]:
+            raise ValueError(f"{data / family.name / 'tasks.json'} lacks the task {missing[0]!r}; it lists {', '.join(found)}.")
+        self.tasks: list[Any] = [found[name] for name in family.tasks]
+        self.memory = Memory(self.work / "scores.jsonl")
+        self._scorer: Scorer | None = None
+        self._collections: dict[str, AdapterCollection] = {}
+
+    # ------------------------------------------------------------------ conditions
+    @cached_property
+    def encoder(self) -> TaskEncoder:
+        """The family's task encoder."""
+        return ClipEncoder.from_pretrained(bundled_encoder() if self.family.encoder == "bundled" else self.family.encoder)
+
+    @cached_property
+    def pictures(self) -> dict[str, list[Any]]:
+        """Objects of each class that a generator learns to read; none for text."""
+        found = [task for task in self.tasks if isinstance(task, DetectionTask)]
+        return {task.name: crops(task.train_images, task.label, self.family.pictures) for task in found}
+
+    def task(self, name: str) -> Any:
+        """The task of that name."""
+        return self.tasks[self.family.tasks.index(name)]
+
+    def unseen_pictures(self, task: str) -> list[Any]:
+        """Objects of a class from its test images."""
+        found = self.task(task)
+        return crops(found.test_images, found.label, UNSEEN_PICTURES)
+
+    def condition(self, task: str, phrasing: int | None = None) -> Tensor:
+        """`[d]`: of a task's description, or of one of its unseen phrasings."""
+        found = self.task(task)
+        lines = found.descriptions[:1] if phrasing is None else found.unseen_descriptions[phrasing:][:1]
+        return self.encoder.encode(lines)[0]
+
+    # ------------------------------------------------------------------ LoRAs
+    def collection(self, rank: int, seeds: Sequence[int] | None = None) -> AdapterCollection:
+        """The LoRAs of all tasks, with task vectors; trained where they are not there yet.
+
+        Args:
+            rank (`int`): r.
+            seeds (`Sequence[int]`, *optional*): A seed of A and B for each task; by default all share seed 0.
+
+        Raises:
+            `ValueError`: If a kept collection has fewer snapshots than the family asks for, or other tasks.
+        """
+        folder = self.work / (f"r{rank}" if seeds is None else f"r{rank}-own-seeds")
+        if folder.name in self._collections:
+            return self._collections[folder.name]
+        if not (folder / "collection.json").is_file():
+            self._collect(folder, rank, seeds).save_pretrained(folder)
+        collection = AdapterCollection.from_pretrained(folder)
+        for task in self.family.tasks:
+            count = len(collection.snapshots.get(task, ()))
+            if count < self.family.snapshots:
+                raise ValueError(
+                    f"{folder} has {count} snapshots of {task!r}, {self.family.snapshots} are asked for: remove it, or collect it anew."
+                )
+        collection.descriptions = {task.name: list(task.descriptions) for task in self.tasks}
+        collection.encode(self.encoder, images=self.pictures)
+        self._collections[folder.name] = collection
+        return collection
+
+    def _collect(self, folder: Path, rank: int, seeds: Sequence[int] | None) -> AdapterCollection:
+        work = f"{folder}.collecting"
+        if seeds is None:
+            return self._train_loras(self.tasks, rank, work)
+        parts = [self._train_loras([task], rank, f"{work}/{task.name}", seed=seed) for task, seed in zip(self.tasks, seeds, strict=True)]
+        snapshots = {name: tensor for part in parts for name, tensor in part.snapshots.items()}
+        return AdapterCollection(parts[0].layout, snapshots, parts[0].descriptions, metadata={**parts[0].metadata, "seed": list(seeds)})
+
+    def _train_loras(self, tasks: Sequence[Any], rank: int, output_dir: str, seed: int = 0, **dataset: Any) -> AdapterCollection:
+        recipe = {**self.family.recipe, "dataset_kwargs": {**self.family.recipe["dataset_kwargs"], **dataset}}
+        args = CollectingArguments(output_dir, num_snapshots=self.family.snapshots, seed=seed, **recipe)
+        collection = collect(self.base, tasks, LoraConfig(r=rank, **self.family.lora), args)
+        assert collection is not None  # one shard
+        return collection
+
+    def joint(self, rank: int) -> Tensor:
+        """`[P]`: one LoRA trained on all tasks."""
+        items = {}
+        if count := self.family.recipe["dataset_kwargs"].get(self.family.items):
+            items = {self.family.items: JOINT_STEPS * count // len(self.tasks)}
+        collection = self._train_loras([JointTask(self.tasks)], rank, str(self.work / f"r{rank}-joint.collecting"), **items)
+        return collection.final("all")
+
+    # ------------------------------------------------------------------ generators
+    def generator(self, name: str, collection: AdapterCollection, seed: int, *, epochs: int | None = None, **changes: Any) -> ICMGenerator:
+        """A generator of the family's recipe, or of a changed one.
+
+        Args:
+            name (`str`): Of its folder; one name is one recipe.
+            collection (`AdapterCollection`): With task vectors.
+            seed (`int`): Of weights and episodes.
+            epochs (`int`, *optional*): By default the family's.
+            **changes: For [`ICMConfig`] and [`ICMTrainingArguments`].
+
+        Returns:
+            [`ICMGenerator`]: Its config's `training["seconds"]` says what the training took.
+        """
+        folder = self.work / "models" / f"{name}-seed{seed}"
+        if not (folder / "model.safetensors").is_file():
+            known = ICMConfig.__dataclass_fields__
+            config = ICMConfig(**{**self.family.generator, **{key: value for key, value in changes.items() if key in known}})
+            arguments = {key: value for key, value in changes.items() if key not in known}
+            args = ICMTrainingArguments(
+                output_dir=str(folder),
+                num_train_epochs=epochs or self.family.epochs,
+                per_device_train_batch_size=arguments.pop("batch_size", 40),
+                lr_scheduler_type="cosine",
+                eval_strategy="no",
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                seed=seed,
+                **arguments,
+            )
+            trainer = ICMTrainer(collection, config, args)
+            trainer.remove_callback(PrinterCallback)
+            start = time.perf_counter()
+            trainer.train()
+            model: Any = trainer.generator.cpu()
+            model.config.training = {**(model.config.training or {}), "seconds": round(time.perf_counter() - start, 1)}
+            model.save_pretrained(folder)
+        return ICMGenerator.from_pretrained(folder)
+
+    def diffusion(self, rank: int, seed: int) -> CondPDiff:
+        """COND P-DIFF on the LoRAs of one rank."""
+        folder = self.work / "models" / f"cond-p-diff-r{rank}-seed{seed}"
+        if not (folder / "model.safetensors").is_file():
+            train_cond_p_diff(self.collection(rank), output_dir=folder, seed=seed, **self.family.diffusion)
+        return CondPDiff.from_pretrained(folder)
+
+    # ------------------------------------------------------------------ scores
+    def scorer(self, collection: AdapterCollection) -> Scorer:
+        """The scorer of a collection's layout; the base is loaded anew for another layout."""
+        if self._scorer is None or self._scorer.layout.fingerprint != collection.layout.fingerprint:
+            family = self.family
+            self._scorer = Scorer(collection.layout, self.base, self.tasks, self.memory, family.dtype, family.test_items)
+        return self._scorer
