@@ -76,13 +76,14 @@ def plot_detections(
     shape = (len(images), len(found))
     figure, grid = pyplot.subplots(*shape, figsize=(2.6 * shape[1], 2.75 * shape[0]), squeeze=False, layout="constrained")
     titles = rows or [""] * len(images)
-    for image, row, detections, title in zip(images, grid, zip(*found.values(), strict=True), titles, strict=True):
+    columns = zip(images, grid, zip(*found.values(), strict=True), titles, strict=True)
+    for image_row, (image, row, detections, title) in enumerate(columns):
         picture = image.load()
         row[0].set_ylabel(title)
         for axes, name, detected in zip(row, found, detections, strict=True):
             axes.imshow(picture)
             axes.set(xticks=[], yticks=[])
-            if row is grid[0]:
+            if image_row == 0:
                 axes.set_title(name)
             own = zip(image.boxes, image.labels, [None] * len(image.boxes), strict=True)
             scored = zip(detected["boxes"], detected["labels"], detected["scores"], strict=True)

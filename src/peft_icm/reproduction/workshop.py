@@ -84,7 +84,9 @@ class Workshop:
     @cached_property
     def encoder(self) -> TaskEncoder:
         """The family's task encoder."""
-        return ClipEncoder.from_pretrained(bundled_encoder() if self.family.encoder == "bundled" else self.family.encoder)
+        if self.family.encoder == "bundled":
+            return ClipEncoder.from_pretrained(bundled_encoder())
+        return ClipEncoder.from_pretrained(self.family.encoder, pretrained="openai")
 
     @cached_property
     def pictures(self) -> dict[str, list[Any]]:

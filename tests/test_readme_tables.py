@@ -1,0 +1,39 @@
+"""The README's tables are written from results/, and CI sees where they are not."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SPEC = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme_tables.py")
+readme_tables = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(readme_tables)
+
+
+@pytest.fixture
+def root(tmp_path):
+    versions = dict.fromkeys(("torch", "transformers", "peft", "diffusers"), "1.0")
+    run = {"command": "peft-icm reproduce", "seeds": [0], "date": "2026-11-24", "machine": "m", "versions": versions, "seconds": 700}
+    rows = {"ICM-LoRA": {"dog": {"mean": 0.7, "values": [0.7]}, "cat": {"mean": 0.5, "values": [0.5]}}}
+    (tmp_path / "table1.json").write_text(json.dumps({"columns": ["dog", "cat"], "rows": rows, "digits": 2, "run": run}))
+    return tmp_path
+
+
+def test_a_stale_table_is_written_anew_and_then_stays(root):
+    text = "before\n<!-- table table1.json | cat -->\n| old |\n<!-- end -->\nafter\n"
+    filled = readme_tables.fill(text, root)
+    assert "| | cat |\n|---|---|\n| ICM-LoRA | 0.50 |" in filled and "old" not in filled and "12 min" in filled
+    assert filled.startswith("before\n") and filled.endswith("<!-- end -->\nafter\n")
+    assert readme_tables.fill(filled, root) == filled
+
+
+def test_a_column_that_is_not_there(root):
+    with pytest.raises(ValueError, match="table1.json has no column 'cow': choose from dog, cat"):
+        readme_tables.fill("<!-- table table1.json | cow -->\n<!-- end -->", root)
+
+
+def test_the_readme_itself():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme_tables.fill(text, ROOT) == text
