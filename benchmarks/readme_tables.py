@@ -31,8 +31,7 @@ def fill(text: str, root: Path) -> str:
             raise ValueError(f"{match[2]} has no column {unknown[0]!r}: choose from {', '.join(document['columns'])}.")
         run = document["run"]
         versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "transformers", "peft", "diffusers"))
-        seconds = f"{run['seconds']:,.0f} s" if run["seconds"] < 600 else f"{run['seconds'] / 60:,.0f} min"
-        source = f"`{match[2]}`: `{run['command']}`, seeds {run['seeds']}, {run['date']}, {run['machine']}, {versions}; {seconds}."
+        source = f"`{match[2]}`: `{run['command']}`, seeds {run['seeds']}, {run['date']}, {run['machine']}, {versions}."
         return f"{match[1]}{markdown({**document, 'columns': columns})}\n\n{source}\n{match[4]}"
 
     return BLOCK.sub(table, text)

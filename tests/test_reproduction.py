@@ -104,7 +104,10 @@ def test_every_part_is_made_and_a_second_start_scores_nothing_anew(tiny, work, t
     for name in ("table1", "table4", "figure2", "figure2_states", "figure4", "figure5", "memorisation_text", "ablations"):
         assert (folder / f"{name}.png").read_bytes()[1:4] == b"PNG"
     document = json.loads((folder / "table1.json").read_text())
-    assert document["run"]["command"] == "peft-icm reproduce --scale tiny" and document["run"]["versions"]["torch"] == torch.__version__
+    assert (
+        document["run"]["command"] == "peft-icm reproduce --scale tiny --only table1"
+        and document["run"]["versions"]["torch"] == torch.__version__
+    )
     assert len(document["rows"]["ICM-LoRA"]["dog AP50"]["values"]) == 3
     assert document["rows"]["ICM-LoRA"]["dog AP50"]["paper"] == 0.96
     scores = work / "tiny" / "detection" / "scores.jsonl"

@@ -18,7 +18,7 @@ from ..fidelity import relative_error
 from ..gauge import canonicalize
 from .methods import BASE, OWN, Method, compare, gain_share
 from .results import Cell, Table
-from .scales import TABLE_RANK, Scale
+from .scales import PRINCIPAL, TABLE_RANK, Scale
 from .tables import SHARE
 from .workshop import Workshop
 
@@ -30,12 +30,14 @@ def ablations(workshop: Workshop, scale: Scale) -> Table:
     shared = workshop.collection(TABLE_RANK)
     apart = workshop.collection(TABLE_RANK, seeds=range(len(workshop.tasks)))
     single = dataclasses.replace(shared, task_vectors={task: rows[:1] for task, rows in shared.task_vectors.items()})
-    paper = {"architecture": "paper", "latent_size": 64, "kl_weight": 0.005, "epochs": scale.conv_epochs, "batch_size": 8}
+    ours = workshop.family.generator.get("architecture", "principal") == "principal"
+    other = {"architecture": "paper", "latent_size": 64, "kl_weight": 0.005} if ours else {"architecture": "principal", **PRINCIPAL}
+    other |= {"epochs": scale.conv_epochs, "batch_size": 8}
     variants: dict[str, tuple[AdapterCollection, dict[str, Any]]] = {
         "default": (shared, {}),
         "without context of other tasks": (shared, {"context": False}),
         "without phrasing augmentation": (single, {"max_handful": 1, "condition_noise": 0.0}),
-        "architecture of the paper": (shared, paper),
+        "architecture of the paper" if ours else "our architecture": (shared, other),
         "LoRAs in the balanced gauge": (in_one_gauge(shared), {}),
         "LoRAs with seeds of their own": (apart, {}),
         "LoRAs with seeds of their own, balanced gauge": (in_one_gauge(apart), {}),
@@ -47,11 +49,14 @@ def ablations(workshop: Workshop, scale: Scale) -> Table:
         seen, unseen = states(workshop, shared, tuned)
         collection = dataclasses.replace(shared, task_vectors=seen)
         rows[name] = _row(workshop, scale, name, collection, {}, lambda task, phrasing=None: unseen[task].mean(0))  # noqa: B023
-    columns = [SHARE, "error on dW", "error on dW, unseen phrasing", "seconds of training", "kB"]
+    columns = [SHARE, "error on dW", "error on dW, unseen phrasing", "kB"]
     notes = [
         f"Family {workshop.family.name}, r = {TABLE_RANK}, seeds {list(scale.seeds)}. Errors: relative, to the own LoRA, mean over tasks.",
-        f"Task vectors of hidden states: {STATES} examples of each task, generated from the mean of {STATES} others (no phrasings there).",
-        f"The paper's architecture: {scale.conv_epochs} epochs in batches of 8 and one seed, the others {workshop.family.epochs} epochs.",
+        "Without phrasing augmentation: each task's first description alone, no other sentences, pictures or noise.",
+        f"Task vectors of hidden states: {STATES} examples of each task, generated from the mean of {STATES} others, no phrasings.",
+        "Those from the tasks' own LoRAs, the paper's, need at generation the LoRA that is to be generated.",
+        f"Architecture {other['architecture']}: {scale.conv_epochs} epochs in batches of 8 and one seed, the others"
+        f" {workshop.family.epochs} epochs; what each costs in time: benchmarks/train.py.",
     ]
     return Table("ablations", "Ablations", columns, rows, notes=notes)
 
@@ -60,7 +65,7 @@ def _row(
     workshop: Workshop, scale: Scale, name: str, collection: AdapterCollection, changes: dict[str, Any], condition: Callable[..., Tensor]
 ) -> dict[str, Cell]:
     """Score and measure the generators of one variant, one for each seed."""
-    seeds = scale.seeds[:1] if changes.get("architecture") == "paper" else scale.seeds
+    seeds = scale.seeds[:1] if "architecture" in changes else scale.seeds
     folder = f"icm-r{TABLE_RANK}" if name == "default" else f"ablation-{name.replace(' ', '-')}"
     generators = {seed: workshop.generator(folder, collection, seed, **changes) for seed in seeds}
     layout, tasks = collection.layout, workshop.family.tasks
@@ -86,7 +91,6 @@ def _row(
     row: dict[str, Cell] = {
         SHARE: gain_share(scores, name),
         "error on dW": errors(False),
-        "seconds of training": [(generators[seed].config.training or {})["seconds"] for seed in seeds],
         "kB": f"{stored_bytes(generators[seeds[0]]) / 1000:,.0f}",
     }
     if condition == workshop.condition:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..baselines import NearestAdapter
+from ..baselines import AdapterSource, NearestAdapter
 from ..memorisation import memorisation_report
 from ..tasks.language_modeling import wrong_tokens
 from .methods import DIFFUSION, ICM, icm
@@ -44,7 +44,7 @@ def overlap(workshop: Workshop, scale: Scale) -> dict[str, dict[str, dict[str, f
     generated adapters, with another task's LoRA and with the base.
 
     Returns:
-        `dict`: By task and adapter, `{"accuracy", "overlap"}`.
+        `dict`: By task and adapter, `{"accuracy", "overlap"}`; for detection the accuracy is the recall.
     """
     collection = workshop.collection(TABLE_RANK)
     scorer = workshop.scorer(collection)
@@ -52,12 +52,15 @@ def overlap(workshop: Workshop, scale: Scale) -> dict[str, dict[str, dict[str, f
     result: dict[str, dict[str, dict[str, float]]] = {}
     for index, task in enumerate(names):
         condition, seed = workshop.condition(task), scale.seeds[0]
-        draw = torch.Generator().manual_seed(seed)
+
+        def made(source: AdapterSource) -> Tensor:
+            return source.sample(condition, 1, torch.Generator().manual_seed(seed))[0]  # noqa: B023
+
         vectors: dict[str, Tensor | None] = {
             "own LoRA": collection.final(task),
             "own LoRA, first snapshot": collection.snapshots[task][0],
-            ICM: icm(workshop, TABLE_RANK)(seed).sample(condition, 1, draw)[0],
-            DIFFUSION: workshop.diffusion(TABLE_RANK, seed).sample(condition, 1, draw)[0],
+            ICM: made(icm(workshop, TABLE_RANK)(seed)),
+            DIFFUSION: made(workshop.diffusion(TABLE_RANK, seed)),
             "another task's LoRA": collection.final(names[index - 1]),
             "original model": None,
         }

@@ -25,6 +25,7 @@ from ..baselines import (
 from ..collection import AdapterCollection
 from ..detection_evaluation import HANDFUL
 from .results import Cell
+from .scales import Scale
 from .scoring import Score
 from .workshop import Workshop
 
@@ -124,18 +125,21 @@ def papers_methods(workshop: Workshop, rank: int, seeds: tuple[int, ...]) -> lis
     ]
 
 
-def all_methods(workshop: Workshop, rank: int, seeds: tuple[int, ...]) -> list[Method]:
+def all_methods(workshop: Workshop, rank: int, scale: Scale) -> list[Method]:
     """Those of the paper and those that the literature asks for."""
+    seeds = scale.seeds
     collection = workshop.collection(rank)
     scorer = workshop.scorer(collection)
     nearest, generator = _fixed(NearestAdapter(collection)), icm(workshop, rank)
     stored: list[tuple[str, Any]] = [
         ("Model Soup over snapshots (uniform)", SnapshotMean(collection)),
-        ("Model Soup over snapshots (greedy)", GreedySoup(collection, lambda task, vector: scorer(task, vector, "train")["gain"])),
-        ("one LoRA for all tasks", SingleAdapter(collection.layout, workshop.joint(rank))),
         ("own LoRA in int8", CompressedAdapters(collection, "int8")),
         ("own LoRA in int4", CompressedAdapters(collection, "int4")),
     ]
+    if scale.searches:
+        greedy = GreedySoup(collection, lambda task, vector: scorer(task, vector, "train")["gain"])
+        stored.append(("Model Soup over snapshots (greedy)", greedy))
+        stored.append(("one LoRA for all tasks", SingleAdapter(collection.layout, workshop.joint(rank))))
     if rank > 1:
         stored.append((f"own LoRA cut to rank {rank // 2}", CompressedAdapters(collection, "svd")))
     return [

@@ -5,7 +5,6 @@ from __future__ import annotations
 from .methods import BASE, DIFFUSION, ICM, OWN, SOUP
 from .scales import DETECTION_TASKS
 
-METHODS = (OWN, BASE, SOUP, DIFFUSION, ICM)
 # AP50 and AP75 of dog, bicycle, cat, sofa, motorbike
 _AVERAGE_PRECISION = {
     OWN: (0.96, 0.89, 0.90, 0.81, 0.94, 0.90, 0.95, 0.86, 0.82, 0.78),

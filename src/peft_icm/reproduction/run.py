@@ -28,7 +28,7 @@ from .behaviour import memorisation
 from .drawings import draw_bars, draw_ranks, figure_2, figure_4, figure_5
 from .methods import DIFFUSION, ICM
 from .results import Table, write_json
-from .scales import SCALES, Scale
+from .scales import SCALES, Family, Scale
 from .workshop import Workshop
 
 FORMAT = 1  # of a results folder
@@ -42,6 +42,16 @@ def parts(scale: Scale) -> list[str]:
     if detection:
         found += ["table5", "table6"]
     return [*found, "figure2", *(["figure4", "figure5"] if detection else []), "ablations", "memorisation"]
+
+
+def needs(scale: Scale, part: str) -> list[str]:
+    """Names of the families that a part is made from."""
+    names = [family.name for family in scale.families]
+    if part in ("table3", "table4", "memorisation"):
+        return names
+    if part == "table2":
+        return ["text"]
+    return ["detection"] if "detection" in names else names
 
 
 def reproduce(
@@ -69,21 +79,25 @@ def reproduce(
     Raises:
         `ValueError`: If a part is unknown, the results folder is another version's, or data are missing.
     """
+    if scale not in SCALES:
+        raise ValueError(f"scale={scale!r} is unknown: choose from {', '.join(SCALES)}.")
     chosen = SCALES[scale].with_ranks(tuple(ranks)) if ranks else SCALES[scale]
     wanted = list(only or parts(chosen))
     if unknown := [name for name in wanted if name not in parts(chosen)]:
         raise ValueError(f"{unknown[0]!r} is no part of --scale {scale}: choose from {', '.join(parts(chosen))}.")
     work, folder = Path(work), Path(output) / scale
     _check_version(folder, scale)
-    fetch(chosen, work / "data")
-    workshops = [Workshop(family, work / "data", work / scale) for family in chosen.families]
-    maker = _Maker(chosen, workshops, work / "data", folder)
+    needed = [family for family in chosen.families if any(family.name in needs(chosen, name) for name in wanted)]
+    fetch(chosen.name, needed, work / "data")
+    maker = _Maker(chosen, [Workshop(family, work / "data", work / scale) for family in needed], folder)
     results: dict[str, Any] = {}
     for name in wanted:
         start = time.perf_counter()
-        results[name], text = maker.make(name)
-        spent = _spent(work / scale / "seconds.json", name, time.perf_counter() - start)
-        write_json(folder / f"{name}.json", {**results[name], "run": _facts(chosen, spent)})
+        try:
+            results[name], text = maker.make(name)
+        finally:
+            spent = _spent(work / scale / "seconds.json", name, time.perf_counter() - start)
+        write_json(folder / f"{name}.json", {**results[name], "run": _facts(chosen, name, ranks, spent)})
         _write_text(folder / f"{name}.md", text)
         if not quiet:
             print(f"\n{text}\n({folder / name}.json, {spent:.0f} s)", flush=True)
@@ -93,8 +107,8 @@ def reproduce(
 class _Maker:
     """Makes one part: its JSON, its Markdown and its pictures."""
 
-    def __init__(self, scale: Scale, workshops: Sequence[Workshop], data: Path, folder: Path):
-        self.scale, self.workshops, self.data, self.folder = scale, list(workshops), data, folder
+    def __init__(self, scale: Scale, workshops: Sequence[Workshop], folder: Path):
+        self.scale, self.workshops, self.folder = scale, list(workshops), folder
         self.by_name = {workshop.family.name: workshop for workshop in workshops}
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -112,7 +126,7 @@ class _Maker:
         makers: dict[str, Callable[[], Table]] = {
             "table1": lambda: tables.table_1(self.by_name["detection"], self.scale),
             "table2": lambda: tables.table_2(self.by_name["text"], self.scale),
-            "table3": lambda: tables.table_3(self.workshops, self.data),
+            "table3": lambda: tables.table_3(self.workshops),
             "table4": lambda: tables.table_4(self.workshops, self.scale),
             "table5": lambda: tables.table_5(self.by_name["detection"], self.scale),
             "table6": lambda: tables.table_6(self.by_name["detection"], self.scale),
@@ -170,23 +184,24 @@ def _number(value: Any) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def fetch(scale: Scale, data: Path) -> None:
-    """Fetch the data of a scale with the opt-in script of the checkout, where they are not there yet.
+def fetch(scale: str, families: Sequence[Family], data: Path) -> None:
+    """Fetch the data of families with the opt-in script of the checkout, where they are not there yet.
 
     Args:
-        scale ([`Scale`]): Names families and bases.
+        scale (`str`): Those of `"paper"` cannot be fetched.
+        families (`Sequence[Family]`): Name data and bases.
         data (`Path`): Where to.
 
     Raises:
         `ValueError`: If they are missing and can't be fetched here.
     """
-    wanted = [family.name for family in scale.families if not (data / family.name / "tasks.json").is_file()]
-    folders = [family.base.removeprefix("data:") for family in scale.families if family.base.startswith("data:")]
+    wanted = [family.name for family in families if not (data / family.name / "tasks.json").is_file()]
+    folders = [family.base.removeprefix("data:") for family in families if family.base.startswith("data:")]
     wanted += [name for name in folders if not (data / name / "config.json").is_file()]
     if not wanted:
         return
     command = [sys.executable, str(SCRIPT), *wanted, "--data", str(data)]
-    if scale.name == "paper":
+    if scale == "paper":
         raise ValueError(f"{data / wanted[0]} has no tasks.json: put the paper's data there (COCO, Pile subsets; see the README) first.")
     if not SCRIPT.is_file():
         raise ValueError(
@@ -211,17 +226,18 @@ def _check_version(folder: Path, scale: str) -> None:
 
 
 def _spent(file: Path, name: str, seconds: float) -> float:
-    """Seconds spent on a part, over all starts: what is cached now took its time then."""
+    """Seconds spent on a part, over all starts: what is kept now took its time then, in this part or in one before it."""
     known = json.loads(file.read_text()) if file.is_file() else {}
     known[name] = round(known.get(name, 0.0) + seconds, 1)
     write_json(file, known)
     return known[name]
 
 
-def _facts(scale: Scale, seconds: float) -> dict[str, Any]:
+def _facts(scale: Scale, part: str, ranks: Sequence[int] | None, seconds: float) -> dict[str, Any]:
+    chosen = f" --ranks {' '.join(map(str, ranks))}" if ranks else ""
     return {
-        "command": f"peft-icm reproduce --scale {scale.name}",
-        "seeds": list(scale.seeds),
+        "command": f"peft-icm reproduce --scale {scale.name} --only {part}{chosen}",
+        "seeds": list(scale.seeds[:1] if part in ("table5", "memorisation", "figure4", "figure5") else scale.seeds),
         "seconds": seconds,
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_device()}, {torch.get_num_threads()} threads",

@@ -80,6 +80,7 @@ class Scale:
         conv_ranks (`tuple[int, ...]`): r of Table 5.
         conv_epochs (`int`): Epochs of the generators of Table 5; the paper's architecture is slow.
         seeds (`tuple[int, ...]`): Of the generators, and of z.
+        searches (`bool`, defaults to `True`): Whether greedy soups and the LoRA of all tasks, which cost many runs of the base, take part.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Scale:
     conv_ranks: tuple[int, ...] = ()
     conv_epochs: int = 0
     seeds: tuple[int, ...] = (0, 1, 2)
+    searches: bool = True
 
     def family(self, name: str) -> Family | None:
         """The family of that name, if the scale has one."""
@@ -190,6 +192,6 @@ PAPER_DETECTION = replace(
 )
 SCALES: dict[str, Scale] = {
     "demo": Scale("demo", (DEMO_TEXT, DEMO_DETECTION), conv_layers=(10, 12, 20), conv_ranks=(1, 8), conv_epochs=24),
-    "small": Scale("small", (SMALL_TEXT,)),
+    "small": Scale("small", (SMALL_TEXT,), conv_epochs=24, searches=False),
     "paper": Scale("paper", (PAPER_TEXT, PAPER_DETECTION), conv_layers=(10, 11, 12, 13, 14, 20), conv_ranks=(1, 2, 4, 8), conv_epochs=2000),
 }

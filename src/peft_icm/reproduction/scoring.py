@@ -64,16 +64,16 @@ class Scorer:
         tasks (`Sequence[Task]`): With test data.
         memory ([`Memory`]): Where scores are kept.
         dtype (`str`): Of the base.
-        test_items (`int`, *optional*): See [`Family`].
+        limit (`int`, *optional*): `test_items` of the [`Family`].
 
     Raises:
         `ValueError`: If a task has nothing to be tested on.
     """
 
-    def __init__(self, layout: AdapterLayout, base: str, tasks: Sequence[Task], memory: Memory, dtype: str, test_items: int | None):
+    def __init__(self, layout: AdapterLayout, base: str, tasks: Sequence[Task], memory: Memory, dtype: str, limit: int | None):
         self.layout, self.memory = layout, memory
         self.processor = AutoProcessor.from_pretrained(base)
-        self.splits = {task.name: {"test": _test(task, test_items), "train": _validation(task)} for task in tasks}
+        self.splits = {task.name: {"test": test_items(task, limit), "train": _validation(task)} for task in tasks}
         self.labels = {task.name: getattr(task, "label", None) for task in tasks}
         self._model: PeftModel | None = None
         self._base, self._dtype = base, dtype
@@ -120,7 +120,16 @@ class Scorer:
         return {"map_50": precision["map_50"], "map_75": precision["map_75"], "gain": precision["map_50"]}
 
 
-def _test(task: Task, limit: int | None) -> Sequence[Any]:
+def test_items(task: Task, limit: int | None) -> Sequence[Any]:
+    """The texts or pictures that a task is tested on.
+
+    Args:
+        task (`Task`): With test data.
+        limit (`int`, *optional*): See [`Family`].
+
+    Raises:
+        `ValueError`: If there are none.
+    """
     if isinstance(task, LanguageModelingTask):
         if not task.test_texts:
             raise ValueError(f"Task {task.name!r} has no test text: name a file under 'test' in its tasks.json.")

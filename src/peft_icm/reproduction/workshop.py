@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor
-from torch.utils.data import ConcatDataset
 from transformers import PrinterCallback
 
 from ..baselines.cond_p_diff import CondPDiff
@@ -25,36 +27,39 @@ from ..configuration_icm import ICMConfig
 from ..modeling_icm import ICMGenerator
 from ..tasks import load_tasks
 from ..tasks.annotated_images import crops
-from ..tasks.detection import DetectionExamples, DetectionTask
+from ..tasks.detection import DetectionTask
+from ..tasks.language_modeling import LanguageModelingTask
 from ..training import ICMTrainer, ICMTrainingArguments
+from .results import write_json
 from .scales import Family
-from .scoring import Memory, Scorer, Task
+from .scoring import Memory, Scorer, Task, test_items
 
 UNSEEN_PICTURES = 48
 JOINT_STEPS = 2  # the LoRA of all tasks is trained for so many times the steps of one task's LoRA
 
 
 @dataclass
-class JointTask:
-    """All tasks as one: its data set is those of the tasks, one after another.
+class JointDetectionTask(DetectionTask):
+    """One-class tasks as one: each answer names the objects of all their classes.
 
     Args:
-        tasks (`Sequence[Task]`): The tasks.
-        name (`str`, defaults to `"all"`): A valid file name.
+        labels (`frozenset[str]`): The classes.
     """
 
-    tasks: Sequence[Task]
-    name: str = "all"
-    descriptions: Sequence[str] = ()
+    labels: frozenset[str] = frozenset()
 
-    def train_dataset(self, processor: Any, **kwargs: Any) -> ConcatDataset[Any]:
-        """The training items of all tasks."""
-        parts = [task.train_dataset(processor, **kwargs) for task in self.tasks]
-        pictures = [part for part in parts if isinstance(part, DetectionExamples)]
-        width = max((part.labels.shape[1] for part in pictures), default=0)
-        for part in pictures:  # answers of one length, so that the collator stacks them
-            part.labels = F.pad(part.labels, (0, width - part.labels.shape[1]), value=-100)
-        return ConcatDataset(parts)
+    @property
+    def trained_labels(self) -> frozenset[str]:
+        """All of the classes."""
+        return self.labels
+
+
+def joint_task(tasks: Sequence[Any]) -> Task:
+    """All tasks of a family as one, named `"all"`."""
+    if isinstance(tasks[0], DetectionTask):
+        labels = frozenset(task.label for task in tasks)
+        return JointDetectionTask("all", [], tasks[0].label, tasks[0].train_images, [], labels=labels)
+    return LanguageModelingTask("all", [], [text for task in tasks for text in task.train_texts], [])
 
 
 class Workshop:
@@ -76,9 +81,25 @@ class Workshop:
         if missing := [name for name in family.tasks if name not in found]:
             raise ValueError(f"{data / family.name / 'tasks.json'} lacks the task {missing[0]!r}; it lists {', '.join(found)}.")
         self.tasks: list[Any] = [found[name] for name in family.tasks]
+        for task in self.tasks:
+            test_items(task, family.test_items)  # what cannot be tested is told before anything is trained
+        self._check_recipe()
         self.memory = Memory(self.work / "scores.jsonl")
         self._scorer: Scorer | None = None
         self._collections: dict[str, AdapterCollection] = {}
+
+    def _check_recipe(self) -> None:
+        """Everything in the work folder is found by its name: it must all be of one recipe. Ranks are part of the names."""
+        file = self.work / "family.json"
+        recipe = json.loads(json.dumps({name: value for name, value in asdict(self.family).items() if name != "ranks"}))
+        if not file.is_file():
+            write_json(file, recipe)
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in recipe.items():
+            if found.get(name) != value:
+                raise ValueError(
+                    f"{self.work} was made by another recipe: {name} was {found.get(name)!r}, now {value!r}. Choose another --work."
+                )
 
     # ------------------------------------------------------------------ conditions
     @cached_property
@@ -106,8 +127,10 @@ class Workshop:
     def condition(self, task: str, phrasing: int | None = None) -> Tensor:
         """`[d]`: of a task's description, or of one of its unseen phrasings."""
         found = self.task(task)
-        lines = found.descriptions[:1] if phrasing is None else found.unseen_descriptions[phrasing:][:1]
-        return self.encoder.encode(lines)[0]
+        lines = found.descriptions if phrasing is None else found.unseen_descriptions[phrasing:]
+        if not lines:
+            raise ValueError(f"Task {task!r} has {len(found.unseen_descriptions)} unseen_descriptions, the tables ask for more: add some.")
+        return self.encoder.encode(lines[:1])[0]
 
     # ------------------------------------------------------------------ LoRAs
     def collection(self, rank: int, seeds: Sequence[int] | None = None) -> AdapterCollection:
@@ -118,7 +141,7 @@ class Workshop:
             seeds (`Sequence[int]`, *optional*): A seed of A and B for each task; by default all share seed 0.
 
         Raises:
-            `ValueError`: If a kept collection has fewer snapshots than the family asks for, or other tasks.
+            `ValueError`: If a kept collection has fewer snapshots than the family asks for.
         """
         folder = self.work / (f"r{rank}" if seeds is None else f"r{rank}-own-seeds")
         if folder.name in self._collections:
@@ -156,8 +179,8 @@ class Workshop:
         """`[P]`: one LoRA trained on all tasks."""
         items = {}
         if count := self.family.recipe["dataset_kwargs"].get(self.family.items):
-            items = {self.family.items: JOINT_STEPS * count // len(self.tasks)}
-        collection = self._train_loras([JointTask(self.tasks)], rank, str(self.work / f"r{rank}-joint.collecting"), **items)
+            items = {self.family.items: JOINT_STEPS * count}
+        collection = self._train_loras([joint_task(self.tasks)], rank, str(self.work / f"r{rank}-joint.collecting"), **items)
         return collection.final("all")
 
     # ------------------------------------------------------------------ generators
@@ -180,8 +203,8 @@ class Workshop:
             config = ICMConfig(**{**self.family.generator, **{key: value for key, value in changes.items() if key in known}})
             arguments = {key: value for key, value in changes.items() if key not in known}
             args = ICMTrainingArguments(
-                output_dir=str(folder),
-                num_train_epochs=epochs or self.family.epochs,
+                output_dir=str(folder.with_suffix(".part")),
+                num_train_epochs=self.family.epochs if epochs is None else epochs,
                 per_device_train_batch_size=arguments.pop("batch_size", 40),
                 lr_scheduler_type="cosine",
                 eval_strategy="no",
@@ -197,14 +220,16 @@ class Workshop:
             trainer.train()
             model: Any = trainer.generator.cpu()
             model.config.training = {**(model.config.training or {}), "seconds": round(time.perf_counter() - start, 1)}
-            model.save_pretrained(folder)
+            with _kept(folder) as temporary:
+                model.save_pretrained(temporary)
         return ICMGenerator.from_pretrained(folder)
 
     def diffusion(self, rank: int, seed: int) -> CondPDiff:
         """COND P-DIFF on the LoRAs of one rank."""
         folder = self.work / "models" / f"cond-p-diff-r{rank}-seed{seed}"
         if not (folder / "model.safetensors").is_file():
-            train_cond_p_diff(self.collection(rank), output_dir=folder, seed=seed, **self.family.diffusion)
+            with _kept(folder) as temporary:
+                train_cond_p_diff(self.collection(rank), output_dir=temporary, seed=seed, **self.family.diffusion)
         return CondPDiff.from_pretrained(folder)
 
     # ------------------------------------------------------------------ scores
@@ -214,3 +239,14 @@ class Workshop:
             family = self.family
             self._scorer = Scorer(collection.layout, self.base, self.tasks, self.memory, family.dtype, family.test_items)
         return self._scorer
+
+
+@contextmanager
+def _kept(folder: Path) -> Iterator[Path]:
+    """A temporary name for a folder, which gets its own when it is whole."""
+    temporary = folder.with_suffix(".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)

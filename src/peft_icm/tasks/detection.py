@@ -96,6 +96,11 @@ class DetectionTask:
     unseen_descriptions: list[str] = field(default_factory=list)
     prompt: str = "<OD>"
 
+    @property
+    def trained_labels(self) -> frozenset[str]:
+        """The labels that the answers of [`~DetectionTask.train_dataset`] name."""
+        return frozenset([self.label])
+
     def train_dataset(
         self,
         processor: Any,
@@ -123,8 +128,9 @@ class DetectionTask:
         positive: list[AnnotatedImage] = []
         negative: list[AnnotatedImage] = []
         for image in self.train_images:
-            boxes = [box for box, label in zip(image.boxes, image.labels, strict=True) if label == self.label]
-            (positive if boxes else negative).append(AnnotatedImage(image.image, boxes, [self.label] * len(boxes)))
+            named = [(box, label) for box, label in zip(image.boxes, image.labels, strict=True) if label in self.trained_labels]
+            answered = AnnotatedImage(image.image, [box for box, _ in named], [label for _, label in named])
+            (positive if named else negative).append(answered)
         if not positive:
             raise ValueError(
                 f"Task {self.name!r} is a class with no examples: none of its {len(negative)} training images has a {self.label!r}."
