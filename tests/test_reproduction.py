@@ -9,11 +9,13 @@ from test_detection import annotated
 from test_detection_folder import write_split
 from tiny import TEXTS, florence_processor, florence_reader, llama, tokenizer
 
+from peft_icm import AdapterCollection
 from peft_icm.cli import main
 from peft_icm.reproduction import run
 from peft_icm.reproduction.results import Table, markdown
 from peft_icm.reproduction.scales import FLORENCE_TARGETS, SCALES, Scale
 from peft_icm.reproduction.scoring import Memory
+from peft_icm.reproduction.workshop import joint_task
 
 TINY = {"num_components": 4, "latent_size": 4, "hidden_size": 8}
 DIFFUSION = {"steps": 2, "diffusion_steps": 2}
@@ -137,12 +139,28 @@ def test_a_part_that_is_not_there(tiny, work, tmp_path):
         run.reproduce("tiny", work, tmp_path, only=["table9"])
 
 
-def test_too_few_snapshots(tiny, work, tmp_path, monkeypatch):
+def test_too_few_snapshots_and_another_recipe(tiny, work, tmp_path, monkeypatch):
     run.reproduce("tiny", work, tmp_path, only=["table2"], quiet=True)
-    more = dataclasses.replace(tiny, families=tuple(dataclasses.replace(family, snapshots=5) for family in tiny.families))
+    folder = work / "tiny" / "text" / "r2"
+    whole = AdapterCollection.from_pretrained(folder)
+    fewer = {task: rows[-1:] for task, rows in whole.snapshots.items()}
+    dataclasses.replace(whole, snapshots=fewer).save_pretrained(folder)
+    try:
+        with pytest.raises(ValueError, match="has 1 snapshots of 'plays', 2 are asked for"):
+            run.reproduce("tiny", work, tmp_path, only=["table2"])
+    finally:
+        whole.save_pretrained(folder)
+    more = dataclasses.replace(tiny, families=tuple(dataclasses.replace(family, epochs=5) for family in tiny.families))
     monkeypatch.setitem(SCALES, "tiny", more)
-    with pytest.raises(ValueError, match="has 2 snapshots of 'plays', 5 are asked for"):
+    with pytest.raises(ValueError, match=r"made by another recipe: epochs was 2, now 5\. Choose another --work"):
         run.reproduce("tiny", work, tmp_path, only=["table2"])
+
+
+def test_the_lora_of_all_tasks_answers_with_all_classes(tiny, work):
+    shop = run.Workshop(tiny.family("detection"), work / "data", work / "joint")
+    examples = joint_task(shop.tasks).train_dataset(florence_processor(), location_step=100)
+    assert {label for image in examples.images for label in image.labels} == {"dog", "couch"}
+    assert sorted(len(image.labels) for image in examples.images) == [1, 1, 2]
 
 
 @pytest.mark.parametrize("family", ["text", "detection"])
