@@ -3,10 +3,12 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from test_training import tiny_collection
-from tiny import generator, llama_layout
+from tiny import filled, generator, llama, llama_layout, llama_lora
 
 from peft_icm import AdapterCollection, AdapterLayout
+from peft_icm.adapters import attach
 from peft_icm.baselines import (
     CompressedAdapters,
     CoordinateGaussian,
@@ -140,7 +142,7 @@ class TestStored:
 
     def test_noise_has_the_scale_of_each_tensor(self):
         layout = llama_layout()
-        final = torch.cat([(10.0**index) * torch.randn(size) for index, size in enumerate(layout.sizes)])
+        final = torch.cat([2.0**index * torch.randn(size, generator=seeded(1)) for index, size in enumerate(layout.sizes)])
         collection = AdapterCollection(layout, {"a": final[None]}, {}, {"a": torch.ones(1, 2)})
         samples = NoisySnapshot(collection, scale=0.5).sample(torch.ones(2), 400, seeded(0))
         noise = (samples - final).split(layout.sizes, dim=1)
@@ -236,3 +238,21 @@ def convolutional_collection(rank):
     snapshots = {f"task{index}": torch.randn(2, layout.numel, generator=draw) for index in range(2)}
     vectors = {name: torch.randn(3, 8, generator=draw) for name in snapshots}
     return AdapterCollection(layout, snapshots, {}, vectors)
+
+
+def test_a_soup_is_what_pefts_cat_makes_of_adapters_that_share_their_a():
+    """With one A, the mean of the vectors has the mean dW, and that is what `add_weighted_adapter(combination_type="cat")` gives."""
+    base = llama()
+    layout = AdapterLayout.from_peft_model(llama_lora())
+    parts = [filled(layout, seed) for seed in (0, 1)]
+    shared = {key: parts[0][key] if ".lora_A" in key else value for key, value in parts[1].items()}
+    snapshots = {"first": layout.flatten(parts[0])[None], "second": layout.flatten(shared)[None]}
+    soup = MeanOverTasks(AdapterCollection(layout, snapshots, {}, {name: torch.randn(1, 8) for name in snapshots}))
+    model = attach(base, layout, layout.unflatten(soup.sample(torch.zeros(8))[0]), adapter_name="soup")
+    for name, state_dict in (("first", parts[0]), ("second", shared)):
+        attach(model, layout, state_dict, adapter_name=name)
+    model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "cat", combination_type="cat")
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert layers
+    for layer in layers:
+        assert torch.allclose(layer.get_delta_weight("soup"), layer.get_delta_weight("cat"), atol=1e-5)

@@ -18,8 +18,7 @@ from .adapters import attach, load_base, share_tensors
 from .conditioning import Picture, TaskEncoder, load_task_encoder, open_images
 from .configuration_icm import ICMConfig
 from .hub import resolve
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
+from .sampling import Generators
 
 
 class AdapterMixin:

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_icm import ICMConfig
-from .generation import AdapterMixin, Generators
+from .generation import AdapterMixin
 from .hub import BASE_FOLDER, REPORT, copy_base, generator_card, push_folder
 from .networks import NETWORKS, ContextAttention, Statistics
+from .sampling import Generators, as_conditions, draw_noise
 
 ENCODER_FOLDER = "encoder"
 
@@ -196,22 +197,8 @@ class ICMGenerator(AdapterMixin, PreTrainedModel):
         Raises:
             `ValueError`: If a shape, the number of generators, or the temperature does not fit.
         """
-        condition = condition[None] if condition.ndim == 1 else condition
-        if condition.ndim != 2 or condition.shape[1] != self.config.condition_dim:
-            raise ValueError(f"Expected task vectors of shape (n, {self.config.condition_dim}), found {tuple(condition.shape)}.")
-        if temperature < 0 or num_samples < 1:
-            raise ValueError(f"temperature={temperature} must be >= 0 and num_samples={num_samples} >= 1.")
-        condition = condition.repeat_interleave(num_samples, 0)
-        return self.decode(self._draw(len(condition), generator) * temperature, condition)
-
-    def _draw(self, count: int, generator: Generators) -> Tensor:
-        if isinstance(generator, Sequence):
-            if len(generator) != count:
-                raise ValueError(f"Expected one torch.Generator or {count}, found {len(generator)}.")
-            rows = [torch.randn(self.config.latent_size, generator=g, device=g.device).to(self.device) for g in generator]
-            return torch.stack(rows)
-        device = self.device if generator is None else generator.device
-        return torch.randn(count, self.config.latent_size, generator=generator, device=device).to(self.device)
+        rows = as_conditions(condition, num_samples, temperature, self.config.condition_dim)
+        return self.decode(draw_noise(len(rows), self.config.latent_size, generator, self.device) * temperature, rows)
 
     # ------------------------------------------------------------------ disk and Hub
     @classmethod

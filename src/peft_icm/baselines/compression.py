@@ -11,7 +11,7 @@ from torch import Tensor
 from ..adapter_layout import AdapterLayout
 from ..collection import AdapterCollection
 from ..gauge import balanced_factors
-from ..generation import Generators
+from ..sampling import Generators
 from .stored import StoredAdapters
 
 Method = Literal["int8", "int4", "svd"]

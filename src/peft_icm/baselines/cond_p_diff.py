@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..adapter_layout import AdapterLayout
-from ..generation import Generators
 from ..networks import Statistics
-from .base import as_conditions, draw_noise, stored_bytes
+from ..sampling import Generators, as_conditions, draw_noise
+from .base import stored_bytes
 
 PREDICTION = "v_prediction"
 

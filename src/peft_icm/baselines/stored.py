@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from ..adapter_layout import AdapterLayout
 from ..collection import AdapterCollection
-from ..generation import Generators
-from .base import as_conditions, draw_noise, tensor_bytes
+from ..sampling import Generators, as_conditions, draw_noise
+from .base import tensor_bytes
 
 
 class StoredAdapters(ABC):
