@@ -119,7 +119,7 @@ def _check(generator: AdapterSource, collection: AdapterCollection, seeds: Seque
     if missing is not None:
         raise ValueError(f"The collection has no task vectors for {missing!r}: call collection.encode(generator.encoder) first.")
     config = getattr(generator, "config", None)
-    if config is not None:  # what is no ICMGenerator names no encoder
+    if config is not None:  # sources that only store adapters have none, and name no encoder
         wanted, found = ((encoder or {}).get("sha256") for encoder in (config.encoder, collection.encoder))
         if wanted != found:
             raise ValueError(

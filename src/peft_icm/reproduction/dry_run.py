@@ -25,18 +25,17 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..adapter_layout import AdapterLayout
 from ..configuration_icm import ICMConfig
 from ..modeling_icm import ICMGenerator
+from ..training import ICMTrainingArguments, held_out_mask
+from .scales import PAPER_DETECTION, PAPER_TEXT, SCALES, TABLE_RANK
+from .workshop import GENERATOR_BATCH
 
 LLAMA, FLORENCE = "llama-3-8b", "florence-2-base"
 VOCABULARY = {LLAMA: 128_256, FLORENCE: 51_328}  # the native Florence-2 checkpoints pad 51,289 to a multiple of 64
 PAPER_VOCABULARY = 51_289
-TARGETS = {
-    LLAMA: ["q_proj", "v_proj"],
-    FLORENCE: ["q_proj", "o_proj", "k_proj", "v_proj", "linear", "Conv2d", "lm_head", "fc2"],
-}
-PILE = ("arxiv", "books", "ubuntu", "wikipedia", "gutenberg")
+PAPER = SCALES["paper"]
+FAMILIES = {LLAMA: PAPER_TEXT, FLORENCE: PAPER_DETECTION}
 COCO_IMAGES = {"dog": 4385, "bicycle": 3252, "cat": 4114, "sofa": 4423, "motorbike": 3502}  # of train2017 that show the class
 CONDITION_DIM, LATENT_SIZE = 768, 256  # d of CLIP ViT-L/14, k of the published code
-TABLE_RANK = 2  # of Tables 1, 2 and 6
 IMAGE_SIZE, PROMPT_TOKENS = 768, 13  # Florence-2's processor: pixels of a side; "<OD>" as the sentence it stands for
 
 # One A800-class GPU, and what is assumed of it.
@@ -60,8 +59,8 @@ class DryRunSettings:
         blocks_per_epoch (`int`, defaults to 256): Blocks of an epoch of a Pile subset. An assumption: the paper does not give it.
         answer_tokens (`int`, defaults to 64): Tokens of Florence-2's answer, padded. An assumption.
         generator_epochs (`int`, defaults to 2000): Epochs of each generator (the paper's).
-        generator_batch_size (`int`, defaults to 36): Snapshots of a step of a generator.
-        seeds (`int`, defaults to 3): Generators of each kind; the LoRAs are trained once.
+        generator_batch_size (`int`, defaults to 40): Snapshots of a step of a generator.
+        seeds (`int`, defaults to 3): Generators of each kind, of Table 5 one; the LoRAs are trained once.
         ranks (`tuple[int, ...]`, defaults to `(1, 2, 4, 8)`): r of Tables 4 and 5.
         conv_layers (`tuple[int, ...]`, defaults to `(10, 11, 12, 13, 14, 20)`): n of Table 5.
 
@@ -77,17 +76,17 @@ class DryRunSettings:
     ```
     """
 
-    epochs: int = 150
-    snapshots: int = 50
+    epochs: int = PAPER_TEXT.recipe["num_train_epochs"]
+    snapshots: int = PAPER_TEXT.snapshots
     lora_batch_size: int = 8
-    block_size: int = 1024
-    blocks_per_epoch: int = 256
+    block_size: int = PAPER_TEXT.recipe["dataset_kwargs"]["block_size"]
+    blocks_per_epoch: int = PAPER_TEXT.recipe["dataset_kwargs"]["blocks_per_epoch"]
     answer_tokens: int = 64
-    generator_epochs: int = 2000
-    generator_batch_size: int = 36
-    seeds: int = 3
-    ranks: tuple[int, ...] = (1, 2, 4, 8)
-    conv_layers: tuple[int, ...] = (10, 11, 12, 13, 14, 20)
+    generator_epochs: int = PAPER_TEXT.epochs
+    generator_batch_size: int = GENERATOR_BATCH
+    seeds: int = len(PAPER.seeds)
+    ranks: tuple[int, ...] = PAPER_DETECTION.ranks
+    conv_layers: tuple[int, ...] = PAPER.conv_layers
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -124,10 +123,10 @@ def meta_lora(base: str, rank: int, vocabulary: int | None = None) -> PeftModel:
 
     ```
     """
-    if base not in TARGETS:
-        raise ValueError(f"base={base!r} is unknown: choose one of {', '.join(TARGETS)}.")
+    if base not in FAMILIES:
+        raise ValueError(f"base={base!r} is unknown: choose one of {', '.join(FAMILIES)}.")
     words = vocabulary or VOCABULARY[base]
-    lora = LoraConfig(r=rank, target_modules=list(TARGETS[base]), task_type="CAUSAL_LM" if base == LLAMA else None)
+    lora = LoraConfig(r=rank, target_modules=list(FAMILIES[base].lora["target_modules"]), task_type="CAUSAL_LM" if base == LLAMA else None)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of peft, about merging a LoRA on the tied lm_head: nothing is merged here
         model = _llama(words) if base == LLAMA else _florence(words)
@@ -210,7 +209,7 @@ def _lora_part(base: str, rank: int, settings: DryRunSettings) -> tuple[dict[str
     layout = AdapterLayout.from_peft_model(model)
     logits, work = _lora_forward(base, model, settings)
     size, frozen = layout.numel, sum(part.numel() for part in model.parameters()) - layout.numel
-    examples = dict.fromkeys(PILE, settings.blocks_per_epoch) if base == LLAMA else COCO_IMAGES
+    examples = dict.fromkeys(PAPER_TEXT.tasks, settings.blocks_per_epoch) if base == LLAMA else COCO_IMAGES
     # Frozen weights have no gradient: a step is the forward and as much again for the gradients of the activations.
     flops_each = 2 * work.flops / settings.lora_batch_size
     tasks = {}
@@ -232,7 +231,7 @@ def _lora_part(base: str, rank: int, settings: DryRunSettings) -> tuple[dict[str
 
 def _meta_generator(layout: AdapterLayout, architecture: str, num_conv_layers: int) -> ICMGenerator:
     """A generator of five tasks on the meta device."""
-    tasks = [{"name": task, "description": task} for task in PILE]
+    tasks = [{"name": task, "description": task} for task in PAPER_TEXT.tasks]
     sizes: dict[str, Any] = {"condition_dim": CONDITION_DIM, "latent_size": LATENT_SIZE, "num_conv_layers": num_conv_layers}
     config = ICMConfig(architecture=architecture, layout=layout.to_dict(), tasks=tasks, **sizes)
     with torch.device("meta"):
@@ -248,7 +247,8 @@ def _generator_part(
     if tuple(output.shape) != (batch, size):
         raise RuntimeError(f"The {architecture} network of {layers} layers returned {tuple(output.shape)}, not {(batch, size)}.")
     parameters, trained = generator.num_parameters(), generator.num_parameters(only_trainable=True)
-    steps = settings.generator_epochs * -(-lora["collection_shape"][0] * settings.snapshots // batch)
+    kept = settings.snapshots - int(held_out_mask(settings.snapshots, ICMTrainingArguments.held_out).sum())
+    steps = settings.generator_epochs * -(-lora["collection_shape"][0] * kept // batch)
     compute = 3 * work.flops / (CONVOLUTION * PEAK)
     traffic = (ACTIVATION_PASSES * work.saved + ADAM_TRAFFIC * trained) / BANDWIDTH
     weights = LORA_STATE * trained + 4 * (parameters - trained)
@@ -274,7 +274,7 @@ def _assumptions(settings: DryRunSettings) -> list[str]:
         f"A Pile subset has {settings.blocks_per_epoch} blocks of {settings.block_size} tokens an epoch"
         f" ({settings.blocks_per_epoch * settings.block_size:,} tokens): the paper does not give it.",
         f"Florence-2 reads {IMAGE_SIZE}^2 pixels and {PROMPT_TOKENS} tokens; an answer has {settings.answer_tokens}, padding included.",
-        "Tables count the paper's network, each trained once for each seed; LoRAs are trained once. Not counted: evaluation, COND P-DIFF,"
+        "Tables count the paper's network, once for each seed (Table 5: one), and LoRAs once. Not counted: evaluation, COND P-DIFF,"
         " task vectors, reading of images.",
     ]
 
@@ -282,7 +282,7 @@ def _assumptions(settings: DryRunSettings) -> list[str]:
 def _downloads(loras: dict[tuple[str, int], dict[str, Any]], settings: DryRunSettings) -> list[dict[str, Any]]:
     """What is fetched, in bytes; the bases' are derived from their parameters."""
     llama, florence = (next(part["base_parameters"] for (base, _), part in loras.items() if base == name) for name in (LLAMA, FLORENCE))
-    pile = 4 * len(PILE) * settings.blocks_per_epoch * settings.block_size
+    pile = 4 * len(PAPER_TEXT.tasks) * settings.blocks_per_epoch * settings.block_size
     return [
         {"id": "meta-llama/Meta-Llama-3-8B", "bytes": 2 * llama, "note": "gated; bf16"},
         {"id": "florence-community/Florence-2-base", "bytes": 4 * florence, "note": "at most: fp32"},
@@ -334,9 +334,10 @@ def dry_run(settings: DryRunSettings | None = None) -> dict[str, Any]:
         networks = [(*key, "paper", number) for key in trained for number in layers]
         hours: dict[tuple[Any, ...], float] = {key: loras[key]["hours"] for key in trained}
         spent = sum(hours.values())
-        hours |= {key: settings.seeds * generators[key]["hours"] for key in networks}
+        seeds = 1 if table == "5" else settings.seeds
+        hours |= {key: seeds * generators[key]["hours"] for key in networks}
         row = {"lora_hours": spent, "generator_hours": sum(hours.values()) - spent, "hours": sum(hours.values())}
-        row |= {"added_hours": sum(cost for key, cost in hours.items() if key not in paid), "generators": len(networks) * settings.seeds}
+        row |= {"added_hours": sum(cost for key, cost in hours.items() if key not in paid), "generators": len(networks) * seeds}
         row["collection_bytes"] = sum(loras[key]["collection_bytes"] for key in trained)
         row["peak_bytes"] = max([loras[key]["peak_bytes"] for key in trained] + [generators[key]["peak_bytes"] for key in networks])
         tables[table] = row

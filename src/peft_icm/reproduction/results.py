@@ -46,10 +46,6 @@ class Table:
     notes: list[str] = field(default_factory=list)
     digits: int = 2
 
-    def mean(self, row: str, column: str) -> float:
-        """Mean of a cell over its seeds."""
-        return statistics.fmean(float(value) for value in self.rows[row][column])
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: mean, spread (standard deviation of the sample) and values of each cell."""
         cells = {row: {column: self._cell(row, column) for column in cells} for row, cells in self.rows.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,6 +34,7 @@ from .scales import Family
 from .scoring import Memory, Scorer, Task, test_items
 
 UNSEEN_PICTURES = 48
+GENERATOR_BATCH = 40  # snapshots
 JOINT_STEPS = 2  # the LoRA of all tasks is trained for so many times the steps of one task's LoRA
 
 
@@ -195,7 +195,7 @@ class Workshop:
             **changes: For [`ICMConfig`] and [`ICMTrainingArguments`].
 
         Returns:
-            [`ICMGenerator`]: Its config's `training["seconds"]` says what the training took.
+            [`ICMGenerator`]
         """
         folder = self.work / "models" / f"{name}-seed{seed}"
         if not (folder / "model.safetensors").is_file():
@@ -205,7 +205,7 @@ class Workshop:
             args = ICMTrainingArguments(
                 output_dir=str(folder.with_suffix(".part")),
                 num_train_epochs=self.family.epochs if epochs is None else epochs,
-                per_device_train_batch_size=arguments.pop("batch_size", 40),
+                per_device_train_batch_size=arguments.pop("batch_size", GENERATOR_BATCH),
                 lr_scheduler_type="cosine",
                 eval_strategy="no",
                 save_strategy="no",
@@ -216,10 +216,8 @@ class Workshop:
             )
             trainer = ICMTrainer(collection, config, args)
             trainer.remove_callback(PrinterCallback)
-            start = time.perf_counter()
             trainer.train()
             model: Any = trainer.generator.cpu()
-            model.config.training = {**(model.config.training or {}), "seconds": round(time.perf_counter() - start, 1)}
             with _kept(folder) as temporary:
                 model.save_pretrained(temporary)
         return ICMGenerator.from_pretrained(folder)
