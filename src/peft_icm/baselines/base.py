@@ -60,7 +60,7 @@ def stored_bytes(source: StoredSource | nn.Module) -> int:
     Example:
 
     ```python
-    >>> stored_bytes(torch.nn.Linear(3, 2))
+    >>> stored_bytes(nn.Linear(3, 2))
     32
 
     ```
