@@ -1,6 +1,6 @@
 """What the bundled detection generator is worth on the whole test set: the paper's Tables 1 and 6, its Figures 2 and 4.
 
-    python examples/build_demo_models.py detection-scenes --build build      # draws the test set, the bundle carries a part of it
+    python examples/build_demo/build_demo_models.py detection-scenes --build build   # draws the test set, the bundle carries a part of it
     OMP_NUM_THREADS=1 python benchmarks/detection.py --build build
 
 Writes detection.json and detection.png (AP of base, own LoRA and generated adapters from text, pictures, both, unseen phrasings, another
@@ -21,16 +21,16 @@ import transformers
 from matplotlib import pyplot
 from transformers import AutoProcessor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "build_demo"))
 from demo_detection import tasks as build_tasks
 from demo_scenes import TAUGHT
 
 from peft_icm import AdapterCollection, ICMGenerator, evaluate_detection
 from peft_icm.bundled import bundled_folder
 from peft_icm.conditioning import HiddenStateEncoder
-from peft_icm.demo import TABLE_1
-from peft_icm.detection_evaluation import cross_detection
-from peft_icm.figures import plot_detections, plot_task_vectors, save_figure
+from peft_icm.demo.run import TABLE_1
+from peft_icm.evaluation.detection import cross_detection
+from peft_icm.evaluation.figures import plot_detections, plot_task_vectors, save_figure
 from peft_icm.tasks.annotated_images import AnnotatedImage, crops, load_coco
 from peft_icm.tasks.average_precision import mean_average_precision
 from peft_icm.tasks.detection import detect
@@ -97,7 +97,7 @@ def main() -> None:
 
 def sheet(generator: ICMGenerator, processor: object, tasks: list, own: dict, scenes: list[AnnotatedImage]) -> None:
     """Figure 4: one scene of each of the paper's classes under base, own LoRA and generated adapter."""
-    from peft_icm.adapters import attach
+    from peft_icm.adapters.attach import attach
 
     images, columns = [], {"base": [], "own LoRA": [], "generated": []}
     model = generator.generate_adapter(tasks[0].descriptions[0])

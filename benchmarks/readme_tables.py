@@ -15,9 +15,10 @@ import re
 import sys
 from pathlib import Path
 
-from peft_icm.reproduction.results import markdown
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.paper.results import markdown  # noqa: E402
+
 BLOCK = re.compile(r"(<!-- table ([^|>]+?)((?: \| [^|>]+?)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from peft_icm import AdapterCollection, ICMGenerator, ICMTrainer, ICMTrainingArguments, bundled_generator, save_adapter
-from peft_icm.adapters import attach
+from peft_icm.adapters.attach import attach
 from peft_icm.bundled import bundled_folder
 
 

@@ -10,7 +10,8 @@ from tiny import CONDITION_DIM, FLORENCE_TARGETS, filled, florence, florence_lay
 from transformers import AutoConfig
 
 from peft_icm import AdapterLayout, save_adapter
-from peft_icm.adapters import attach, share_tensors, untie
+from peft_icm.adapters.attach import attach
+from peft_icm.adapters.base import share_tensors, untie
 
 IMAGE_TOKEN = 9  # inside the tiny vocabulary
 

@@ -10,7 +10,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from peft_icm.metrics import metric_path
+from peft_icm.evaluation.metrics import metric_path
 from peft_icm.tasks.average_precision import SUMMARY, mean_average_precision
 
 LABELS = ["cat", "dog", "sofa"]

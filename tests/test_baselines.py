@@ -8,7 +8,7 @@ from test_training import tiny_collection
 from tiny import filled, generator, llama, llama_layout, llama_lora
 
 from peft_icm import AdapterCollection, AdapterLayout
-from peft_icm.adapters import attach
+from peft_icm.adapters.attach import attach
 from peft_icm.baselines import (
     CompressedAdapters,
     CoordinateGaussian,

@@ -15,7 +15,7 @@ from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
 from peft_icm import ICMGenerator, bundled_generator, detect
 from peft_icm.bundled import BUNDLES, bundled_folder
-from peft_icm.detection_evaluation import class_precision
+from peft_icm.evaluation.detection import class_precision
 from peft_icm.tasks import load_tasks
 from peft_icm.tasks.annotated_images import crops
 

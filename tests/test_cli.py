@@ -287,7 +287,7 @@ class TestBundle:
 
     def test_unseen_phrasings_are_unseen(self):
         """At least five for each task, none of them made from a training template or subject."""
-        examples = json.loads((Path(__file__).parents[1] / "examples" / "phrasings.json").read_text())
+        examples = json.loads((Path(__file__).parents[1] / "examples" / "build_demo" / "phrasings.json").read_text())
         tasks = json.loads((bundled_folder("text") / "tasks" / "tasks.json").read_text())["tasks"]
         every = {s.lower() for entry in examples["tasks"].values() for s in [*entry["subjects"], entry["description"]]}
         starts = [template.split("{}") for template in examples["templates"] if template != "{}"]

@@ -16,7 +16,7 @@ from transformers import Florence2ForConditionalGeneration
 
 from peft_icm import AdapterCollection, ICMGenerator
 from peft_icm.cli import main
-from peft_icm.detection_evaluation import VARIANTS, class_precision
+from peft_icm.evaluation.detection import VARIANTS, class_precision
 from peft_icm.tasks import load_tasks
 from peft_icm.tasks.annotated_images import crops
 from peft_icm.tasks.detection import detect

@@ -10,7 +10,7 @@ from peft import get_peft_model_state_dict
 from tiny import florence_lora, llama_layout, llama_lora
 
 from peft_icm import AdapterCollection
-from peft_icm.gauge import balanced_factors, canonicalize
+from peft_icm.adapters.gauge import balanced_factors, canonicalize
 
 
 @pytest.fixture

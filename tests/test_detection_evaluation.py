@@ -12,8 +12,8 @@ from tiny import florence_processor, florence_reader, generator
 from transformers import Florence2ForConditionalGeneration
 
 from peft_icm import AdapterLayout
-from peft_icm.adapters import attach
-from peft_icm.detection_evaluation import (
+from peft_icm.adapters.attach import attach
+from peft_icm.evaluation.detection import (
     METRICS,
     VARIANTS,
     DetectionEvaluation,
@@ -22,7 +22,7 @@ from peft_icm.detection_evaluation import (
     cross_detection,
     evaluate_detection,
 )
-from peft_icm.evaluation import GIBBERISH
+from peft_icm.evaluation.text import GIBBERISH
 from peft_icm.tasks.annotated_images import AnnotatedImage, crops
 from peft_icm.tasks.detection import DetectionExamples, DetectionTask, detect
 

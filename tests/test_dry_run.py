@@ -4,9 +4,9 @@ import socket
 import pytest
 import torch
 
+from benchmarks.paper import dry_run as module
+from benchmarks.paper.dry_run import FLORENCE, LLAMA, MEMORY, PAPER_VOCABULARY, DryRunSettings, dry_run, dry_run_table, meta_lora
 from peft_icm import AdapterLayout
-from peft_icm.reproduction import dry_run as module
-from peft_icm.reproduction.dry_run import FLORENCE, LLAMA, MEMORY, PAPER_VOCABULARY, DryRunSettings, dry_run, dry_run_table, meta_lora
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import TEXTS, generator, tokenizer
 
-from peft_icm.evaluation import Evaluation, evaluate_generator
+from peft_icm.evaluation.text import Evaluation, evaluate_generator
 from peft_icm.tasks.language_modeling import NLL, LanguageModelingTask
 
 

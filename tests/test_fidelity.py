@@ -11,9 +11,9 @@ from tiny import FLORENCE_TARGETS, filled, florence, llama, llama_layout, llama_
 from torch import nn
 
 from peft_icm import AdapterLayout, fidelity
-from peft_icm.adapters import attach
-from peft_icm.fidelity import compare_adapters, cosine, distances, inner_products, norms, relative_error
-from peft_icm.metrics import metric_path
+from peft_icm.adapters.attach import attach
+from peft_icm.adapters.fidelity import compare_adapters, cosine, distances, inner_products, norms, relative_error
+from peft_icm.evaluation.metrics import metric_path
 
 TARGETS = ["q_proj", "v_proj"]
 PATTERNS = {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {r"layers\.0\.self_attn\.q_proj": 20}}

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import Florence2Config, Florence2ForConditionalGeneration
 
 from peft_icm import AdapterCollection, AdapterLayout
-from peft_icm.adapter_layout import PREFIX, map_keys
-from peft_icm.adapters import attach
+from peft_icm.adapters.attach import attach
+from peft_icm.adapters.layout import PREFIX, map_keys
 from peft_icm.tasks.florence2_keys import FLORENCE2_KEY_MAP
 
 # As in microsoft/Florence-2-base and transformers' own conversion of its checkpoint.

@@ -10,9 +10,10 @@ from peft import PeftModel, get_peft_model_state_dict
 from tiny import CONDITION_DIM, florence, florence_layout, generator, llama, llama_layout
 
 from peft_icm import AdapterCollection, ICMConfig, ICMGenerator, push_adapter
-from peft_icm.adapter_layout import AdapterLayout
-from peft_icm.hub import REPORT, adapter_card, cards_folder, generator_card, resolve
-from peft_icm.memorisation import memorisation_report
+from peft_icm.adapters.layout import AdapterLayout
+from peft_icm.evaluation.memorisation import memorisation_report
+from peft_icm.hub.cards import adapter_card, cards_folder, generator_card
+from peft_icm.hub.files import REPORT, resolve
 
 REPO = "org/icm-tiny"
 VECTOR = torch.linspace(-1, 1, CONDITION_DIM)
@@ -165,7 +166,7 @@ class TestCard:
     def test_says_what_the_encoder_reads(self, tmp_path, layout, encoder, phrase, call):
         model = generator(layout, encoder=encoder and {"checkpoint": "somewhere", "dim": CONDITION_DIM, "sha256": "0" * 64, **encoder})
         model.save_pretrained(tmp_path)
-        text = generator_card(model.config, repo_id=REPO, folder=tmp_path).text
+        text = generator_card(model.config.to_dict(), repo_id=REPO, folder=tmp_path).text
         assert f"turns\n{phrase} into a LoRA adapter" in text and f"generate_adapter({call})" in text and "None" not in text
 
     def test_tells_the_hub_what_the_base_does(self, layout):
@@ -194,7 +195,7 @@ class TestReport:
 
     def card(self, report):
         model = generator()
-        return generator_card(model.config, repo_id=REPO, folder="nowhere", report=report and report(model)).text
+        return generator_card(model.config.to_dict(), repo_id=REPO, folder="nowhere", report=report and report(model)).text
 
     def test_goes_along_in_the_same_commit(self, hub, token, tmp_path, layout):
         model = generator(layout)

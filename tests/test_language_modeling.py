@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TEXTS, llama, llama_lora, tokenizer
 
-from peft_icm.metrics import metric_path
+from peft_icm.evaluation.metrics import metric_path
 from peft_icm.tasks.language_modeling import DOCUMENT_SEPARATOR, LanguageModelingTask, load_tasks, nll, windows
 
 VOCABULARY = len(tokenizer())

@@ -11,8 +11,8 @@ from test_training import arguments, config, tiny_collection
 from tiny import CONDITION_DIM, generator, llama_layout, llama_lora
 
 from peft_icm import AdapterCollection, AdapterLayout, ICMTrainer
-from peft_icm.fidelity import cosine, relative_error
-from peft_icm.memorisation import memorisation_report, plot_memorisation
+from peft_icm.adapters.fidelity import cosine, relative_error
+from peft_icm.evaluation.memorisation import memorisation_report, plot_memorisation
 
 
 class Source:

@@ -6,7 +6,7 @@ from tiny import CONDITION_DIM, florence_layout, generator, llama_layout
 from transformers import AutoConfig, AutoModel
 
 from peft_icm import ICMConfig, ICMGenerator
-from peft_icm.networks import PaperNetwork, PrincipalNetwork
+from peft_icm.generator.networks import PaperNetwork, PrincipalNetwork
 
 ARCHITECTURES = ["principal", "paper"]
 LAYOUTS = {"llama": llama_layout, "florence": florence_layout}

@@ -1,4 +1,4 @@
-"""`peft-icm reproduce` on tiny instances of the real classes: every part of a text and a detection family, and what goes wrong."""
+"""`python -m benchmarks.paper` on tiny instances of the real classes: every part of a text and a detection family, and what goes wrong."""
 
 import dataclasses
 import json
@@ -9,13 +9,13 @@ from test_detection import annotated
 from test_detection_folder import write_split
 from tiny import TEXTS, florence_processor, florence_reader, llama, tokenizer
 
+from benchmarks.paper import run
+from benchmarks.paper.__main__ import main
+from benchmarks.paper.results import Table, markdown
+from benchmarks.paper.scales import FLORENCE_TARGETS, SCALES, Scale
+from benchmarks.paper.scoring import Memory
+from benchmarks.paper.workshop import joint_task
 from peft_icm import AdapterCollection
-from peft_icm.cli import main
-from peft_icm.reproduction import run
-from peft_icm.reproduction.results import Table, markdown
-from peft_icm.reproduction.scales import FLORENCE_TARGETS, SCALES, Scale
-from peft_icm.reproduction.scoring import Memory
-from peft_icm.reproduction.workshop import joint_task
 
 TINY = {"num_components": 4, "latent_size": 4, "hidden_size": 8}
 DIFFUSION = {"steps": 2, "diffusion_steps": 2}
@@ -107,7 +107,7 @@ def test_every_part_is_made_and_a_second_start_scores_nothing_anew(tiny, work, t
         assert (folder / f"{name}.png").read_bytes()[1:4] == b"PNG"
     document = json.loads((folder / "table1.json").read_text())
     assert (
-        document["run"]["command"] == "peft-icm reproduce --scale tiny --only table1"
+        document["run"]["command"] == "python -m benchmarks.paper --scale tiny --only table1"
         and document["run"]["versions"]["torch"] == torch.__version__
     )
     assert len(document["rows"]["ICM-LoRA"]["dog AP50"]["values"]) == 3
@@ -206,7 +206,7 @@ def test_markdown_of_a_table_is_that_of_its_json():
 
 
 def test_command_line_says_what_is_wrong(tmp_path, capsys):
-    assert main(["reproduce", "--scale", "demo", "--dry-run", "--work", str(tmp_path)]) == 2
+    assert main(["--scale", "demo", "--dry-run", "--work", str(tmp_path)]) == 2
     assert "--dry-run is for --scale paper" in capsys.readouterr().err
-    assert main(["reproduce", "--scale", "paper", "--work", str(tmp_path), "-o", str(tmp_path / "results")]) == 2
+    assert main(["--scale", "paper", "--work", str(tmp_path), "-o", str(tmp_path / "results")]) == 2
     assert "has no tasks.json: put the paper's data there" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import torch
 from tiny import florence_layout, generator, llama_layout
 
 from peft_icm import AdapterCollection, ICMConfig, ICMGenerator, ICMTrainer, ICMTrainingArguments
-from peft_icm.training import EpisodeDataset, EpisodeSampler, held_out_mask
+from peft_icm.training.episodes import EpisodeDataset, EpisodeSampler, held_out_mask
 
 LAYOUTS = {"llama": llama_layout, "florence": florence_layout}
 

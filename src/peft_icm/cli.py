@@ -1,9 +1,8 @@
-"""The command line: peft-icm demo | collect | train | generate | evaluate | push | reproduce."""
+"""The command line: peft-icm demo | collect | train | generate | evaluate | push."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -18,22 +17,22 @@ from peft import LoraConfig
 from transformers import AutoProcessor, PrinterCallback
 
 from . import __version__
-from .adapters import push_adapter, save_adapter
+from .adapters.collection import AdapterCollection
+from .adapters.saving import push_adapter, save_adapter
 from .bundled import bundled_encoder, bundled_generator
 from .collecting import CollectingArguments, collect
-from .collection import AdapterCollection
 from .conditioning import ENCODERS, ClipEncoder, TaskEncoder
-from .configuration_icm import ARCHITECTURES, ICMConfig
-from .demo import SENTENCES, run_demo
-from .detection_evaluation import DetectionEvaluation, evaluate_detection
-from .evaluation import Evaluation, evaluate_generator
-from .memorisation import memorisation_report
-from .modeling_icm import ICMGenerator
-from .reproduction.scales import SCALES
+from .demo.run import SENTENCES, run_demo
+from .evaluation.detection import DetectionEvaluation, evaluate_detection
+from .evaluation.memorisation import memorisation_report
+from .evaluation.text import Evaluation, evaluate_generator
+from .generator.configuration_icm import ARCHITECTURES, ICMConfig
+from .generator.modeling_icm import ICMGenerator
 from .tasks import load_tasks
 from .tasks.annotated_images import crops
 from .tasks.detection import DetectionTask
-from .training import ICMTrainer, ICMTrainingArguments
+from .training.arguments import ICMTrainingArguments
+from .training.trainer import ICMTrainer
 
 BUNDLED = "bundled:"
 
@@ -180,21 +179,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def reproduce_(args: argparse.Namespace) -> dict[str, Any]:
-    """The paper's tables and figures with their baselines, at a size that fits the machine."""
-    from .reproduction.dry_run import DryRunSettings, dry_run, dry_run_table
-    from .reproduction.run import reproduce  # imports diffusers, which the other verbs do without
-
-    if args.dry_run:
-        if args.scale != "paper":
-            raise ValueError(f"--dry-run is for --scale paper; --scale {args.scale} runs on this machine: leave --dry-run out.")
-        result = dry_run(DryRunSettings())
-        _say(args, dry_run_table(result))
-        return result
-    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):  # the Trainer writes its log on stdout
-        return reproduce(args.scale, args.work, args.output, only=args.only, ranks=args.ranks, quiet=args.json)
-
-
 def push(args: argparse.Namespace) -> dict[str, Any]:
     """Push a generator, a generated adapter or a collection to the Hub, with its card."""
     folder = Path(args.folder)
@@ -309,16 +293,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of z")
     p.add_argument("--batch-size", type=int, default=16, help="windows or pictures in a forward pass")
     p.add_argument("-o", "--output", default=None, help="JSON file of the report; a plot is drawn beside it")
-
-    p = verb(reproduce_, "reproduce")
-    p.add_argument("--scale", choices=list(SCALES), default="demo", help="bundled models; SmolLM2-135M; Llama-3-8B and Florence-2")
-    p.add_argument("--work", default="peft-icm-reproduce", help="folder of the data, and of what is made and kept: LoRAs, models, scores")
-    p.add_argument("-o", "--output", default="results", help="folder of the results")
-    p.add_argument(
-        "--only", nargs="+", metavar="PART", default=None, help="table1 ... table6, figure2, figure4, figure5, ablations, memorisation"
-    )
-    p.add_argument("--ranks", type=int, nargs="+", default=None, help="ranks of Tables 3 and 4; by default those of the scale")
-    p.add_argument("--dry-run", action="store_true", help="paper: shapes, bytes, steps, time and memory on the meta device")
 
     p = verb(push, "push")
     p.add_argument("folder", help="folder of a generator, an adapter or a collection")

@@ -36,8 +36,8 @@ from transformers import (
     set_seed,
 )
 
-from .adapter_layout import AdapterLayout
-from .collection import AdapterCollection
+from .adapters.collection import AdapterCollection
+from .adapters.layout import AdapterLayout
 
 DONE = "done.json"
 RECIPE = "recipe.json"

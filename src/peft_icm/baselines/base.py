@@ -6,8 +6,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from ..adapter_layout import AdapterLayout
-from ..sampling import Generators
+from ..adapters.layout import AdapterLayout
+from ..generator.sampling import Generators
 
 
 class AdapterSource(Protocol):

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapter_layout import AdapterLayout
-from ..collection import AdapterCollection
-from ..gauge import balanced_factors
-from ..sampling import Generators
+from ..adapters.collection import AdapterCollection
+from ..adapters.gauge import balanced_factors
+from ..adapters.layout import AdapterLayout
+from ..generator.sampling import Generators
 from .stored import StoredAdapters
 
 Method = Literal["int8", "int4", "svd"]

@@ -15,9 +15,9 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..adapter_layout import AdapterLayout
-from ..networks import Statistics
-from ..sampling import Generators, as_conditions, draw_noise
+from ..adapters.layout import AdapterLayout
+from ..generator.networks import Statistics
+from ..generator.sampling import Generators, as_conditions, draw_noise
 from .base import stored_bytes
 
 PREDICTION = "v_prediction"

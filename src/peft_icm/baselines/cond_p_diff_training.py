@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from ..collection import AdapterCollection
-from ..training import EpisodeDataset, EpisodeSampler, ICMTrainingArguments, held_out_mask
+from ..adapters.collection import AdapterCollection
+from ..training.arguments import ICMTrainingArguments
+from ..training.episodes import EpisodeDataset, EpisodeSampler, held_out_mask
 from .cond_p_diff import CondPDiff, CondPDiffConfig
 
 REPEATS = 16

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..adapter_layout import AdapterLayout
-from ..collection import AdapterCollection
-from ..sampling import Generators, as_conditions, draw_noise
+from ..adapters.collection import AdapterCollection
+from ..adapters.layout import AdapterLayout
+from ..generator.sampling import Generators, as_conditions, draw_noise
 from .base import tensor_bytes
 
 

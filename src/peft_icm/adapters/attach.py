@@ -1,0 +1,169 @@
+"""Vector -> PeftModel: load the base, attach an adapter, swap its values, save it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .layout import AdapterLayout, same_function
+
+logger = logging.getLogger(__name__)
+
+
+def attach(
+    model: PreTrainedModel | PeftModel,
+    layout: AdapterLayout,
+    state_dict: Mapping[str, Tensor],
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+) -> PeftModel:
+    """Put an adapter onto a base model and make it the active one.
+
+    A `PreTrainedModel` is wrapped in place, as `peft.get_peft_model` does. On a `PeftModel` the named adapter is added, or, where that
+    name is there with the same layout, its values are swapped in place without a new injection. Where a target shares its weight with
+    another module, such as a tied `lm_head`, a warning says so: [`untie`] the model before merging.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The base.
+        layout (`AdapterLayout`): The layout of the adapter.
+        state_dict (`Mapping[str, Tensor]`): Its tensors.
+        adapter_name (`str`, defaults to `"default"`): Name of the adapter.
+        is_trainable (`bool`, defaults to `False`): Leave the adapter in train mode with gradients.
+        provenance (`Mapping[str, Any]`, *optional*): What [`save_adapter`] writes into the card.
+
+    Returns:
+        `PeftModel`: The same object where `model` is a `PeftModel` already.
+
+    Raises:
+        `ValueError`: If the base does not fit the layout, the name is taken by another layout, or a value is not finite; nothing has
+            been touched then.
+    """
+    vector = layout.flatten(state_dict)
+    if not torch.isfinite(vector).all():
+        raise ValueError(f"The adapter holds {int((~torch.isfinite(vector)).sum())} NaN or infinite values of {layout.numel}.")
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name={adapter_name!r} must be a non-empty string without dots.")
+    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
+        _swap(model, layout, state_dict, adapter_name, is_trainable)
+    else:
+        model = _add(model, layout, state_dict, adapter_name, is_trainable)
+    _provenance(model)[adapter_name] = dict(provenance or {})
+    return model
+
+
+def _add(
+    model: PreTrainedModel | PeftModel, layout: AdapterLayout, state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool
+) -> PeftModel:
+    """Inject a new adapter, on the meta device, and fill it."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    layout.check_base(base)
+    _warn_of_another_base(base, layout)
+    _warn_of_shared_weights(base, layout)
+    config = layout.lora_config()
+    config.inference_mode = not is_trainable
+    config.base_model_name_or_path = base.name_or_path or layout.base_model_name_or_path
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
+    else:
+        model = get_peft_model(model, config, adapter_name=adapter_name, low_cpu_mem_usage=True)
+    assert isinstance(model, PeftModel)
+    _fill(model, state_dict, adapter_name, is_trainable)
+    model.set_adapter(adapter_name, inference_mode=not is_trainable)
+    return model.train(is_trainable)
+
+
+def _swap(model: PeftModel, layout: AdapterLayout, state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool) -> None:
+    """Write new values into an adapter that is there; what is already as it should be is not set again."""
+    modules = dict(model.named_modules())
+    layers = {name: layer for name, layer in modules.items() if isinstance(layer, LoraLayer) and adapter_name in layer.r}
+    parameters = _matching_parameters(model, layers, layout, adapter_name)
+    active = all(layer.active_adapters == [adapter_name] and not layer.merged for layer in layers.values())
+    if not active or model.active_adapters != [adapter_name] or any(p.requires_grad != is_trainable for p in parameters.values()):
+        model.set_adapter(adapter_name, inference_mode=not is_trainable)  # unmerges, so before the values change
+    model.peft_config[adapter_name].inference_mode = not is_trainable
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(state_dict[key])
+    if any(module.training != is_trainable for module in modules.values()):
+        model.train(is_trainable)
+
+
+def _place(key: str) -> tuple[str, str]:
+    """Of a key, the LoRA layer's name in the PeftModel and its matrix: `("base_model.model...q_proj", "lora_A")`."""
+    name, _, matrix = key.removesuffix(".weight").rpartition(".")
+    return name, matrix
+
+
+def _fill(model: PeftModel, state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool) -> None:
+    """Put values in the place of the meta tensors of a fresh injection, each on its module's own device."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for key, value in state_dict.items():
+        name, matrix = _place(key)
+        weight: Any = layers[name].get_base_layer().weight
+        parameter = nn.Parameter(value.to(weight.device), requires_grad=is_trainable)
+        matrices: Any = getattr(layers[name], matrix)
+        if isinstance(matrices, nn.ParameterDict):
+            matrices[adapter_name] = parameter
+        else:
+            matrices[adapter_name].weight = parameter
+
+
+def _matching_parameters(
+    model: PeftModel, layers: Mapping[str, LoraLayer], layout: AdapterLayout, adapter_name: str
+) -> dict[str, nn.Parameter]:
+    """The parameter of each key; refuses an adapter of another layout, in time proportional to the adapter."""
+    action = "Choose another adapter_name or delete_adapter it first."
+    config: Any = model.peft_config[adapter_name]
+    if not same_function(config, layout):
+        raise ValueError(f"The adapter {adapter_name!r} is there with another LoRA configuration. {action}")
+    parameters = {}
+    for key, shape in zip(layout.keys, layout.shapes, strict=True):
+        name, matrix = _place(key)
+        found: Any = getattr(layers.get(name), matrix, {})
+        found = found[adapter_name] if adapter_name in found else None  # noqa: SIM401 - a ModuleDict has no get
+        parameter = getattr(found, "weight", found)
+        if parameter is None or tuple(parameter.shape) != shape:
+            what = "nothing" if parameter is None else tuple(parameter.shape)
+            raise ValueError(f"{key}: expected shape {shape}, found {what} in {adapter_name!r}. {action}")
+        parameters[key] = parameter
+    if len(layers) != len(layout.modules):
+        raise ValueError(f"The adapter {adapter_name!r} is on {len(layers)} modules, the layout on {len(layout.modules)}. {action}")
+    return parameters
+
+
+def _warn_of_another_base(base: PreTrainedModel, layout: AdapterLayout) -> None:
+    name, wanted = base.name_or_path, layout.base_model_name_or_path
+    if name and wanted and name != wanted and not os.path.isdir(name) and not os.path.isdir(wanted):
+        warnings.warn(f"The adapter was made for {wanted}, the base model is {name}.", stacklevel=5)
+    found = getattr(base.config, "_commit_hash", None)
+    if found and layout.revision and not found.startswith(layout.revision):
+        warnings.warn(f"The adapter was made for revision {layout.revision} of {wanted}, the base is {found}.", stacklevel=5)
+
+
+def _warn_of_shared_weights(base: PreTrainedModel, layout: AdapterLayout) -> None:
+    """Only at the first injection: a module that carries a LoRA has its weight one level deeper, and has been warned of."""
+    weights = dict(base.named_parameters(remove_duplicate=False))
+    owners = Counter(map(id, weights.values()))
+    shared = [name for name in layout.modules if owners[id(weights.get(f"{name}.weight"))] > 1]
+    if shared:
+        warnings.warn(
+            f"{shared[0]} shares its weight with another module, and merging the adapter would change both: call"
+            " peft_icm.adapters.untie(model) before merge_and_unload or merge_adapter.",
+            stacklevel=5,
+        )
+
+
+def _provenance(model: PeftModel) -> dict[str, dict[str, Any]]:
+    return model.__dict__.setdefault("peft_icm_provenance", {})

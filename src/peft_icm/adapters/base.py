@@ -1,0 +1,84 @@
+"""Vector -> PeftModel: load the base, attach an adapter, swap its values, save it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .layout import AdapterLayout
+
+logger = logging.getLogger(__name__)
+
+
+Model = TypeVar("Model", PreTrainedModel, PeftModel)
+
+
+def load_base(layout: AdapterLayout, name: str, revision: str | None, **base_model_kwargs: Any) -> PreTrainedModel:
+    """Load the base model that a layout was derived from.
+
+    Args:
+        layout (`AdapterLayout`): Names the model class.
+        name (`str`): Hub id or folder of the base.
+        revision (`str`, *optional*): Its revision.
+        **base_model_kwargs: For the class's `from_pretrained` (`dtype`, `device_map`, `quantization_config`, ...).
+
+    Returns:
+        `PreTrainedModel`: In eval mode.
+
+    Raises:
+        `ValueError`: If transformers has no such class.
+    """
+    if layout.base_model_class is None:
+        kind: Any = transformers.AutoModelForCausalLM
+    elif (kind := getattr(transformers, layout.base_model_class, None)) is None:
+        raise ValueError(f"transformers {transformers.__version__} has no class {layout.base_model_class}: pass base_model.")
+    return kind.from_pretrained(name, revision=revision or "main", **base_model_kwargs).eval()
+
+
+def share_tensors(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model of its own modules on the same memory: adapters of the one never reach the other, nor does a merge.
+
+    Its tensors are torch's copy-on-write clones: what is written to, as `merge_and_unload` does, becomes a copy of its own.
+    """
+
+    def clone(tensor: Tensor) -> Tensor:
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return tensor  # a quantised weight; peft replaces it in a merge
+        if not torch._C._is_cow_tensor(tensor):  # type: ignore[attr-defined]
+            tensor.data = tensor.data.clone()  # once: memory that is mapped from a checkpoint cannot be shared so
+        lazy = torch._lazy_clone(tensor.detach())
+        return nn.Parameter(lazy, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else lazy
+
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): clone(tensor) for tensor in tensors})
+
+
+def untie(model: Model) -> Model:
+    """Give the output embeddings a weight of their own, in place.
+
+    A merge writes into the weight of the base. Many models share one weight between input and output embeddings: merging a LoRA on the one
+    would change the other too. So: `untie(model).merge_and_unload()`.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): With output embeddings.
+
+    Returns:
+        `PreTrainedModel` or `PeftModel`: `model`, with `tie_word_embeddings=False` in its config, so that saving keeps both embeddings.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head: Any = base.get_output_embeddings()
+    layer: Any = head.get_base_layer() if isinstance(head, LoraLayer) else head
+    layer.weight = copy.deepcopy(layer.weight)  # of its own class: a quantised weight stays one
+    base.config.tie_word_embeddings = False
+    ties = base.all_tied_weights_keys.items()
+    base.all_tied_weights_keys = {target: source for target, source in ties if base.get_submodule(target.rpartition(".")[0]) is not head}
+    return model

@@ -1,0 +1,376 @@
+"""AdapterLayout: the ordered tensors of one LoRA on one base model, and the vector they flatten into."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+PREFIX = "base_model.model."
+KeyMap = Sequence[tuple[str, str]]
+T = TypeVar("T")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# What makes two LoRA configurations different functions of the same tensors; the rest (dropout, init, ...) only matters in training.
+_FUNCTIONAL = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+_ABOUT_THE_BASE = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode")
+_PARAMETER = re.compile(r"\.lora_(?:embedding_)?[AB](?:\.weight)?$")
+_IN_OUT = (
+    ("in_features", "out_features"),
+    ("in_channels", "out_channels"),
+    ("num_embeddings", "embedding_dim"),
+    ("nx", "nf"),  # transformers' Conv1D
+)
+
+
+def _natural(key: str) -> list[tuple[int, int | str]]:
+    """Sort key that puts `layers.2` before `layers.10`: safetensors files come back in alphabetical order."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", key) if part]
+
+
+def map_keys(tensors: Mapping[str, T], key_map: KeyMap) -> dict[str, T]:
+    """Rename the tensors of an adapter that was trained on another module tree of the same model.
+
+    Args:
+        tensors (`Mapping`): By their keys.
+        key_map (`Sequence[tuple[str, str]]`): (regex, replacement) pairs, applied to each key in turn as `re.sub` does. A key that
+            becomes empty is left out.
+
+    Returns:
+        `dict`: The same values by their new keys.
+    """
+    mapped = {}
+    for key, value in tensors.items():
+        for pattern, replacement in key_map:
+            key = re.sub(pattern, replacement, key)
+        if key:
+            mapped[key] = value
+    return mapped
+
+
+def _json_config(config: LoraConfig) -> dict[str, Any]:
+    """The fields of `config` that differ from peft's defaults, JSON-able and in a fixed order."""
+    default = LoraConfig().to_dict()
+    kept: dict[str, Any] = {"peft_type": "LORA"}
+    for name, value in sorted(config.to_dict().items()):
+        if name in _ABOUT_THE_BASE or (value == default[name] and name not in _FUNCTIONAL):
+            continue
+        kept[name] = sorted(value) if isinstance(value, set | frozenset) else value
+    return json.loads(json.dumps(kept, default=str))
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """The ordered (key, shape) pairs of one LoRA on one base model, with its PEFT configuration.
+
+    A layout turns a PEFT state dict into one vector `l` of [`~AdapterLayout.numel`] = P numbers (the paper's `l_t`, section 4.1)
+    and back, bit-exactly. It is always derived from an adapter, never typed in.
+
+    Args:
+        keys (`tuple[str, ...]`): Keys of `peft.get_peft_model_state_dict`, in natural order (`layers.2` before `layers.10`).
+        shapes (`tuple[tuple[int, ...], ...]`): Shape of each tensor, in the order of `keys`.
+        dtype (`str`): `"float32"`, `"bfloat16"` or `"float16"`: the dtype of every tensor.
+        peft_config (`dict`): The LoRA configuration, without what names the base.
+        base_model_class (`str`, *optional*): Class of the base model, e.g. `"LlamaForCausalLM"`; not checked where unknown.
+        base_model_name_or_path (`str`, *optional*): Hub id or folder of the base model.
+        revision (`str`, *optional*): Revision of the base model on the Hub.
+
+    Example:
+
+    ```python
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> llama = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    >>> lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    >>> layout = AdapterLayout.from_peft_model(get_peft_model(LlamaForCausalLM(llama), lora))
+    >>> layout.numel
+    128
+    >>> layout.shapes[0]
+    (2, 16)
+
+    ```
+    """
+
+    keys: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str
+    peft_config: dict[str, Any] = field(hash=False)
+    base_model_class: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    # ------------------------------------------------------------------ derived from an adapter
+    @classmethod
+    def from_peft_model(cls, model: PeftModel, adapter_name: str = "default") -> AdapterLayout:
+        """Derive the layout of the adapter `adapter_name` of `model` (which may be on the meta device).
+
+        Raises:
+            `ValueError`: If `model` is no `PeftModel`, has no such adapter, or the adapter is not a plain LoRA.
+        """
+        if not isinstance(model, PeftModel):
+            raise ValueError(f"Expected a peft.PeftModel, got {type(model).__name__}. Wrap the base with get_peft_model first.")
+        if adapter_name not in model.peft_config:
+            raise ValueError(f"No adapter named {adapter_name!r}: the model has {sorted(model.peft_config)}.")
+        config: Any = model.peft_config[adapter_name]
+        base = model.get_base_model()
+        state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        layout = cls.from_state_dict(state_dict, config, base_model_class=type(base).__name__)
+        name = config.base_model_name_or_path or getattr(base, "name_or_path", None) or None
+        revision = config.revision or getattr(getattr(base, "config", None), "_commit_hash", None)
+        return cls(**{**layout._fields(), "base_model_name_or_path": name, "revision": revision})
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor], config: LoraConfig, *, base_model_class: str | None = None) -> AdapterLayout:
+        """Derive the layout from the tensors of an adapter and its configuration.
+
+        Args:
+            state_dict (`Mapping[str, Tensor]`): As `peft.get_peft_model_state_dict` returns it.
+            config (`LoraConfig`): The configuration of the adapter.
+            base_model_class (`str`, *optional*): Class of the base model.
+
+        Raises:
+            `ValueError`: If a key is not a LoRA matrix, or dtypes are mixed or not one of fp32, bf16 and fp16.
+        """
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()}
+        return cls._build({key: tuple(tensor.shape) for key, tensor in state_dict.items()}, dtypes, config, base_model_class)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, key_map: KeyMap = (), **hub_kwargs: Any) -> AdapterLayout:
+        """Derive the layout from a saved PEFT adapter; only the header of its safetensors file is read.
+
+        Args:
+            folder (`str` or `Path`): A local folder or a Hub id.
+            key_map (`Sequence[tuple[str, str]]`, *optional*): See [`map_keys`]; for adapters of another module tree. The names in the
+                adapter's configuration stay as they are.
+            **hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            `ValueError`: If the folder holds no safetensors LoRA, or the file is corrupted.
+        """
+        from ..hub.files import resolve
+
+        path = resolve(str(folder), allow_patterns=["adapter_*"], **hub_kwargs)
+        weights = path / "adapter_model.safetensors"
+        if not weights.is_file():
+            raise ValueError(f"{folder} holds no adapter_model.safetensors: save it with PeftModel.save_pretrained.")
+        config = LoraConfig.from_pretrained(str(path))
+        try:
+            with safe_open(weights, framework="pt") as file:
+                headers = map_keys({key: file.get_slice(key) for key in file.keys()}, key_map)  # noqa: SIM118 - no mapping
+                shapes = {key: tuple(header.get_shape()) for key, header in headers.items()}
+                dtypes = {_SAFETENSORS_DTYPES.get(header.get_dtype(), header.get_dtype()) for header in headers.values()}
+        except SafetensorError as error:
+            raise ValueError(f"{weights} is not a readable safetensors file ({error}). Save or download it again.") from error
+        base_class = (config.auto_mapping or {}).get("base_model_class")
+        return cls._build(shapes, dtypes, config, base_class)
+
+    @classmethod
+    def _build(
+        cls, shapes: Mapping[str, tuple[int, ...]], dtypes: set[str], config: LoraConfig, base_model_class: str | None
+    ) -> AdapterLayout:
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"Only LoRA adapters have a layout, found {type(config).__name__}.")
+        if config.r <= 0:
+            raise ValueError(f"The LoRA rank must be a positive integer, found r={config.r}.")
+        if not shapes:
+            raise ValueError("The adapter holds no tensors.")
+        for key in shapes:
+            if not _PARAMETER.search(key):
+                raise ValueError(
+                    f"{key} is not a LoRA matrix. Save the adapter without DoRA, trained biases or modules_to_save, and with"
+                    " save_embedding_layers=False."
+                )
+        if len(dtypes) != 1 or not dtypes <= _DTYPES.keys():
+            raise ValueError(f"All tensors must share one dtype of {sorted(_DTYPES)}, found {sorted(dtypes)}.")
+        keys = tuple(sorted(shapes, key=_natural))
+        return cls(
+            keys=keys,
+            shapes=tuple(tuple(shapes[key]) for key in keys),
+            dtype=dtypes.pop(),
+            peft_config=_json_config(config),
+            base_model_class=base_model_class,
+            base_model_name_or_path=config.base_model_name_or_path or None,
+            revision=config.revision,
+        )
+
+    # ------------------------------------------------------------------ what it says
+    @property
+    def numel(self) -> int:
+        """P, the number of parameters of one adapter."""
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of elements of each tensor, in the order of `keys`."""
+        return [torch.Size(shape).numel() for shape in self.shapes]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the adapter as a `torch.dtype`."""
+        return _DTYPES[self.dtype]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors of one adapter."""
+        return self.numel * self.torch_dtype.itemsize
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the base's modules that carry a LoRA, in the order of `keys`."""
+        return list(dict.fromkeys(_PARAMETER.sub("", key).removeprefix(PREFIX) for key in self.keys))
+
+    def key_at(self, index: int) -> str:
+        """The key of the tensor that coordinate `index` of a vector belongs to."""
+        return self.keys[bisect.bisect_right(list(itertools.accumulate(self.sizes)), index)]
+
+    def difference(self, other: AdapterLayout) -> str:
+        """The first thing in which `other` differs, in words: key, expected and found shape, or a field of the configuration."""
+        mine, theirs = dict(zip(self.keys, self.shapes, strict=True)), dict(zip(other.keys, other.shapes, strict=True))
+        for key in sorted(mine.keys() | theirs.keys(), key=_natural):
+            if mine.get(key) != theirs.get(key):
+                return f"{key}: expected shape {mine.get(key, 'none')}, found {theirs.get(key, 'none')}"
+        name = next(name for name in _FUNCTIONAL if self.peft_config.get(name) != other.peft_config.get(name))
+        return f"{name}: expected {self.peft_config.get(name)}, found {other.peft_config.get(name)}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest over keys, shapes and what the LoRA configuration computes; dtype and base id do not enter."""
+        functional = {name: self.peft_config.get(name) for name in _FUNCTIONAL}
+        text = json.dumps([self.keys, self.shapes, functional], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def lora_config(self) -> LoraConfig:
+        """A fresh `peft.LoraConfig` of this adapter that names its base and revision."""
+        config = LoraConfig.from_peft_type(**self.peft_config)
+        config.base_model_name_or_path = self.base_model_name_or_path
+        config.revision = self.revision
+        return config
+
+    # ------------------------------------------------------------------ vector and tensors
+    def flatten(self, state_dict: Mapping[str, Tensor]) -> Tensor:
+        """Concatenate the tensors of an adapter into one vector, bit-exactly.
+
+        Args:
+            state_dict (`Mapping[str, Tensor]`): Exactly the tensors of this layout.
+
+        Returns:
+            `Tensor`: `[P]`, in the layout's dtype.
+
+        Raises:
+            `ValueError`: If a key is missing or unknown, or a shape or dtype differs; names the first such key.
+        """
+        self._check(state_dict)
+        return torch.cat([state_dict[key].detach().reshape(-1) for key in self.keys])
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """Cut a vector into the named tensors of an adapter; the inverse of [`~AdapterLayout.flatten`].
+
+        Args:
+            vector (`Tensor`): `[P]`; converted to the layout's dtype where it has another.
+
+        Returns:
+            `dict[str, Tensor]`: One contiguous tensor for each key.
+
+        Raises:
+            `ValueError`: If `vector` is not of shape `[P]`.
+        """
+        if tuple(vector.shape) != (self.numel,):
+            raise ValueError(f"Expected a vector of shape ({self.numel},), found {tuple(vector.shape)}.")
+        parts = vector.to(self.torch_dtype).split(self.sizes)
+        return {key: part.reshape(shape).clone() for key, shape, part in zip(self.keys, self.shapes, parts, strict=True)}
+
+    def _check(self, state_dict: Mapping[str, Tensor]) -> None:
+        for key, shape in zip(self.keys, self.shapes, strict=True):
+            if key not in state_dict:
+                raise ValueError(f"The adapter lacks {key}: expected shape {shape}, found nothing.")
+            found = state_dict[key]
+            if tuple(found.shape) != shape:
+                raise ValueError(f"{key}: expected shape {shape}, found {tuple(found.shape)}. The adapter is of another layout.")
+            if found.dtype != self.torch_dtype:
+                raise ValueError(f"{key}: expected dtype {self.dtype}, found {found.dtype}. Convert the adapter first.")
+        unknown = sorted(set(state_dict) - set(self.keys), key=_natural)
+        if unknown:
+            shape = tuple(state_dict[unknown[0]].shape)
+            raise ValueError(f"{unknown[0]}: expected no such key, found shape {shape}. The adapter is of another layout.")
+
+    def check_base(self, base: nn.Module) -> None:
+        """Refuse a base model that this LoRA does not fit, before anything is touched.
+
+        Args:
+            base (`nn.Module`): The base model, bare or already carrying LoRA layers.
+
+        Raises:
+            `ValueError`: Names the first key with the expected and the found shape, or the class that does not fit.
+        """
+        if self.base_model_class and type(base).__name__ != self.base_model_class:
+            raise ValueError(f"The adapters are for a {self.base_model_class}, found a {type(base).__name__}.")
+        modules = {name: getattr(module, "base_layer", module) for name, module in base.named_modules()}
+        for key, shape in zip(self.keys, self.shapes, strict=True):
+            name = _PARAMETER.sub("", key).removeprefix(PREFIX)
+            if name not in modules:
+                raise ValueError(f"{key}: expected shape {shape}, found no module {name} in the base model.")
+            found = _expected_shape(key, shape, modules[name])
+            if found != shape:
+                raise ValueError(f"{key}: expected shape {shape}, found a base model that needs {found}.")
+        config, known = self.lora_config(), set(self.modules)
+        for name in modules:
+            targeted = bool(check_target_module_exists(config, name))
+            if targeted and name not in known:
+                raise ValueError(
+                    f"{PREFIX}{name}.lora_A.weight: expected no such module, found one in the base model, which has more"
+                    f" LoRA targets than the layout's {len(known)}."
+                )
+            if name in known and not targeted:
+                raise ValueError(
+                    f"{PREFIX}{name}.lora_A.weight: expected target_modules that name this module, found {config.target_modules}."
+                    " Correct them in the adapter's adapter_config.json."
+                )
+
+    # ------------------------------------------------------------------ JSON
+    def _fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layout as JSON-able values; [`~AdapterLayout.from_dict`] reads them back."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdapterLayout:
+        """Read a layout that [`~AdapterLayout.to_dict`] wrote."""
+        return cls(**{**values, "keys": tuple(values["keys"]), "shapes": tuple(tuple(shape) for shape in values["shapes"])})
+
+
+def same_function(config: LoraConfig, layout: AdapterLayout) -> bool:
+    """Whether an adapter of this configuration computes the same function of the same tensors as one of `layout`."""
+    return all(getattr(config, name) == layout.peft_config.get(name) for name in _FUNCTIONAL)
+
+
+def _expected_shape(key: str, shape: tuple[int, ...], module: nn.Module) -> tuple[int, ...]:
+    """The shape that the LoRA matrix `key` of rank and kernel as in `shape` must have on `module`."""
+    for names in _IN_OUT:
+        if all(name in module.__dict__ for name in names):
+            inputs, outputs = (getattr(module, name) for name in names)
+            break
+    else:
+        raise ValueError(f"{key}: expected a linear, convolution or embedding module, found {type(module).__name__}.")
+    if ".lora_embedding_A" in key:
+        return (shape[0], inputs)
+    if ".lora_embedding_B" in key:
+        return (outputs, shape[1])
+    if ".lora_A" in key:
+        kernel = module.kernel_size if isinstance(module, nn.Conv2d) else ()
+        groups = module.groups if isinstance(module, nn.Conv2d) else 1
+        return (shape[0], inputs // groups, *kernel)
+    return (outputs, shape[1], *shape[2:])

@@ -1,0 +1,189 @@
+"""Does a generator memorise? What its weights alone can tell, beside the collection that it was trained on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.collection import AdapterCollection
+from ..adapters.fidelity import cosine, distances, norms
+from ..adapters.layout import AdapterLayout
+from ..baselines.base import AdapterSource
+from .figures import save_figure
+
+_DIGITS = 6  # below lies what a difference of equal norms leaves (see fidelity.distances)
+_MEASURES = ("nearest_snapshot", "nearest_is_own_task", "between_snapshots", "to_own", "mode_to_own", "spread")
+_BARS = {
+    "nearest_snapshot": "generated to the nearest snapshot",
+    "between_snapshots": "snapshot to the nearest other",
+    "spread": "generated to generated",
+}
+
+
+def memorisation_report(
+    generator: AdapterSource, collection: AdapterCollection, *, seeds: Sequence[int] = (0, 1, 2, 3, 4, 5, 6, 7)
+) -> dict[str, Any]:
+    """Where generated adapters lie among the snapshots of a collection; from weights alone, no base model runs.
+
+    Each task is asked for by the first of its task vectors, that of its first description. All distances of a task are
+    `||dW - dW'||_F / ||dW_own||_F`: Frobenius over all modules ([`distances`]), in units of the norm of the task's own LoRA, its last
+    snapshot. Generated adapters are compared in the layout's dtype, as they would be saved.
+
+    - `nearest_snapshot`: from a generated adapter to the nearest snapshot of any task, mean over seeds; `nearest_is_own_task` is the
+      share of seeds in which that snapshot is of the task itself.
+    - `between_snapshots`: from a snapshot of the task to the nearest other snapshot of any task, mean over the task's snapshots.
+    - `ratio`: the first over the second. Below 1, generated adapters are nearer to a snapshot than snapshots are to one another, as
+      copies are, and averages of snapshots too. `None` where snapshots coincide.
+    - `to_own`: from a generated adapter to the own LoRA, mean over seeds; `mode_to_own`: from that of z = 0.
+    - `spread`: between two generated adapters, mean over pairs of seeds; `None` for one seed.
+    - `cosines`: between adapters of different tasks, mean of the absolute value and largest one; of the own LoRAs, and of those
+      generated with the first seed. `None` for one task.
+
+    Args:
+        generator ([`AdapterSource`]): Has a `layout` and draws with `sample(condition, num_samples, generator, temperature)`.
+        collection ([`AdapterCollection`]): With task vectors; the one that the generator was trained on, to ask what it memorised.
+        seeds (`Sequence[int]`, defaults to 0 ... 7): Of z, one adapter for each.
+
+    Returns:
+        `dict`: JSON-able: `tasks` (a list with `name`, `snapshots` and the measures above), `mean` of each over tasks (`ratio`: of
+        the means), `cosines` (`own` and `generated`, each with `mean_absolute` and `max_absolute`), `snapshots` (their number) and
+        `seeds`.
+
+    Raises:
+        `ValueError`: If there is no seed, the layouts differ, a task has no task vector, the task vectors are of another encoder than
+            the generator's, there is only one snapshot, or an own LoRA is zero.
+
+    Example:
+
+    ```python
+    >>> from peft_icm import AdapterCollection, ICMGenerator, bundled_generator
+    >>> from peft_icm.bundled import bundled_folder
+    >>> generator = ICMGenerator.from_pretrained(bundled_generator("text"))
+    >>> own = AdapterCollection.from_pretrained(bundled_folder("text") / "own")
+    >>> own.encode(generator.encoder)
+    >>> report = memorisation_report(generator, own, seeds=[0, 1])
+    >>> report["mean"]["nearest_is_own_task"]
+    1.0
+
+    ```
+    """
+    _check(generator, collection, seeds)
+    layout = generator.layout
+    snapshots = torch.cat(list(collection.snapshots.values()))
+    rows, firsts, start = [], [], 0
+    for task, own_snapshots in collection.snapshots.items():
+        stop = start + len(own_snapshots)
+        condition, own = collection.task_vectors[task][0], own_snapshots[-1:]
+        drawn = _sample(generator, condition, seeds)
+        mode = _sample(generator, condition, [0], temperature=0.0)
+        unit = norms(layout, own).item()
+        nearest, where = distances(layout, drawn, snapshots).min(1)
+        others = distances(layout, own_snapshots, snapshots)
+        others[torch.arange(stop - start), torch.arange(start, stop)] = torch.inf
+        pairs = _different(distances(layout, drawn, drawn))
+        row = {
+            "nearest_snapshot": nearest.mean() / unit,
+            "nearest_is_own_task": ((where >= start) & (where < stop)).double().mean(),
+            "between_snapshots": others.amin(1).mean() / unit,
+            "to_own": distances(layout, drawn, own).mean() / unit,
+            "mode_to_own": distances(layout, mode, own).mean() / unit,
+            "spread": pairs.mean() / unit if len(pairs) else None,
+        }
+        rows.append(_with_ratio({name: None if value is None else round(float(value), _DIGITS) for name, value in row.items()}))
+        firsts.append(drawn[0])
+        start = stop
+    columns = {name: [value for row in rows if (value := row[name]) is not None] for name in _MEASURES}
+    mean = {name: round(sum(values) / len(values), _DIGITS) if values else None for name, values in columns.items()}
+    own_loras = torch.stack([collection.final(task) for task in collection.tasks])
+    sizes = [len(collection.snapshots[task]) for task in collection.tasks]
+    return {
+        "tasks": [{"name": task, "snapshots": size, **row} for task, size, row in zip(collection.tasks, sizes, rows, strict=True)],
+        "mean": _with_ratio(mean),
+        "cosines": {"own": _cosines(layout, own_loras), "generated": _cosines(layout, torch.stack(firsts))},
+        "snapshots": len(snapshots),
+        "seeds": list(seeds),
+    }
+
+
+def _check(generator: AdapterSource, collection: AdapterCollection, seeds: Sequence[int]) -> None:
+    if not seeds:
+        raise ValueError("seeds=() must name at least one seed of z, such as (0, 1, 2).")
+    if collection.layout.fingerprint != generator.layout.fingerprint:
+        difference = generator.layout.difference(collection.layout)
+        raise ValueError(f"The collection has another layout than the generator: {difference}. Pass the one that it was trained on.")
+    missing = next((task for task in collection.tasks if not len(collection.task_vectors.get(task, ()))), None)
+    if missing is not None:
+        raise ValueError(f"The collection has no task vectors for {missing!r}: call collection.encode(generator.encoder) first.")
+    config = getattr(generator, "config", None)
+    if config is not None:  # sources that only store adapters have none, and name no encoder
+        wanted, found = ((encoder or {}).get("sha256") for encoder in (config.encoder, collection.encoder))
+        if wanted != found:
+            raise ValueError(
+                f"The collection's task vectors are by the encoder of sha256 {str(found)[:12]}, the generator was trained with"
+                f" {str(wanted)[:12]}: call collection.encode(generator.encoder) first."
+            )
+    if sum(len(snapshots) for snapshots in collection.snapshots.values()) < 2:
+        raise ValueError("The collection has one snapshot, and how far snapshots lie apart takes two: pass the one trained on.")
+    zero = next((task for task in collection.tasks if not norms(collection.layout, collection.final(task)[None]).item()), None)
+    if zero is not None:
+        raise ValueError(f"The own LoRA of {zero!r}, the unit of its distances, is zero (B was not trained): train it again.")
+
+
+def _sample(source: AdapterSource, condition: Tensor, seeds: Sequence[int], temperature: float = 1.0) -> Tensor:
+    """`[len(seeds), P]`, rounded as a saved adapter is."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return source.sample(condition, len(seeds), generators, temperature).detach().cpu().to(source.layout.torch_dtype)
+
+
+def _different(square: Tensor) -> Tensor:
+    """`[n, n]` -> what lies off its diagonal."""
+    return square[~torch.eye(len(square), dtype=torch.bool)]
+
+
+def _with_ratio(row: dict[str, float | None]) -> dict[str, float | None]:
+    nearest, between = row["nearest_snapshot"], row["between_snapshots"]
+    return {**row, "ratio": round(nearest / between, _DIGITS) if nearest is not None and between else None}
+
+
+def _cosines(layout: AdapterLayout, adapters: Tensor) -> dict[str, float] | None:
+    values = _different(cosine(layout, adapters, adapters)).abs()
+    return (
+        {"mean_absolute": round(values.mean().item(), _DIGITS), "max_absolute": round(values.max().item(), _DIGITS)}
+        if len(values)
+        else None
+    )
+
+
+def plot_memorisation(report: Mapping[str, Any], file: str | os.PathLike[str]) -> None:
+    """Draw a report: for each task, how far generated adapters lie from a snapshot, snapshots from one another, and samples.
+
+    Args:
+        report (`Mapping`): What [`memorisation_report`] returned.
+        file (`str` or `Path`): The PNG.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> row = {"name": "sofa", "nearest_snapshot": 0.2, "between_snapshots": 0.3, "spread": 0.1}
+    >>> plot_memorisation({"tasks": [row]}, f"{tempfile.mkdtemp()}/memorisation.png")
+
+    ```
+    """
+    from matplotlib import pyplot
+
+    names = [row["name"] for row in report["tasks"]]
+    bars = {key: label for key, label in _BARS.items() if all(row[key] is not None for row in report["tasks"])}
+    width = 1 / (len(bars) + 1)
+    figure, axes = pyplot.subplots(figsize=(max(5, 0.55 * len(names) + 2), 4.5), layout="constrained")
+    for index, (key, label) in enumerate(bars.items()):
+        places = [x + (index - (len(bars) - 1) / 2) * width for x in range(len(names))]
+        axes.bar(places, [row[key] for row in report["tasks"]], width, label=label)
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    axes.set_ylabel("distance of dW (own LoRA's norm = 1)")
+    figure.legend(loc="outside upper center", ncols=1 if len(names) < 8 else len(bars), frameon=False)
+    save_figure(figure, file)

@@ -1,0 +1,272 @@
+"""What a generator does with a task: text, examples or pictures -> task vector -> adapter on a base model."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..adapters.attach import attach
+from ..adapters.base import load_base, share_tensors
+from ..adapters.layout import AdapterLayout
+from ..conditioning import Picture, TaskEncoder, load_task_encoder, open_images
+from ..hub.files import resolve
+from .configuration_icm import ICMConfig
+from .sampling import Generators
+
+
+class AdapterMixin:
+    """The side of [`ICMGenerator`] that meets its users."""
+
+    config: ICMConfig
+    layout: AdapterLayout
+    sample: Callable[..., Tensor]
+    _source: dict[str, Any]  # where from_pretrained found the generator
+    _lazy: dict[str, Any]  # the encoder and the base, once loaded; a dict keeps them out of the generator's own modules
+
+    # ------------------------------------------------------------------ conditions
+    @property
+    def encoder(self) -> TaskEncoder:
+        """The task encoder this generator was trained with; loaded on first use, and refused if its weights have another hash."""
+        if "encoder" not in self._lazy:
+            if self.config.encoder is None:
+                raise ValueError("This generator names no task encoder: pass task_vector= (Tensor [d]).")
+            folder = self.config.encoder.get("folder")
+            self.encoder = load_task_encoder(self.config.encoder, self._resolve(folder) if folder else None)
+        return self._lazy["encoder"]
+
+    @encoder.setter
+    def encoder(self, encoder: TaskEncoder) -> None:
+        wanted = (self.config.encoder or {}).get("sha256")
+        if wanted and encoder.config["sha256"] != wanted:
+            raise ValueError(
+                f"This generator was trained with the {self.config.encoder['kind']} encoder of sha256 {wanted[:12]}, found"  # type: ignore[index]
+                f" {encoder.config['kind']} of {encoder.config['sha256'][:12]}. Pass the encoder it names."
+            )
+        if encoder.dim != self.config.condition_dim:
+            raise ValueError(
+                f"This generator's condition_dim is {self.config.condition_dim}, the {encoder.kind} encoder's task vectors have"
+                f" {encoder.dim} numbers: they must be one. Pass the encoder that it was trained with."
+            )
+        self._lazy["encoder"] = encoder
+
+    def task_vector(
+        self,
+        text: str | None = None,
+        *,
+        examples: Sequence[str] | None = None,
+        images: Sequence[Picture] | None = None,
+        task_vector: Tensor | None = None,
+    ) -> Tensor:
+        """The task vector of a sentence, of pictures, of both, of examples of the task, or a vector as it is.
+
+        Args:
+            text (`str`, *optional*): A sentence, for encoders that read text.
+            examples (`Sequence[str]`, *optional*): Examples of the task, whose states are averaged (Eq. 1).
+            images (`Sequence[PIL.Image.Image, str or Path]`, *optional*): Pictures of the task or their paths, whose vectors are
+                averaged; beside a text, the two means are averaged.
+            task_vector (`Tensor`, *optional*): `[d]`, returned as it is.
+
+        Returns:
+            `Tensor`: `[d]` fp32.
+
+        Raises:
+            `ValueError`: If nothing is given, or something that this generator's encoder does not read.
+        """
+        arguments = {"text": text, "examples": examples, "images": images, "task_vector": task_vector}
+        given = [name for name, value in arguments.items() if value is not None]
+        if task_vector is not None and len(given) == 1:
+            return task_vector
+        reads = self.encoder.accepts
+        if not given or not set(given) <= set(reads):
+            raise ValueError(
+                f"Pass what this generator's {self.encoder.kind} encoder reads, {' and/or '.join(f'{name}=' for name in reads)}, or"
+                f" task_vector= alone; found {' and '.join(f'{name}=' for name in given) or 'none of them'}."
+            )
+        vectors = []
+        if text is not None:
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"text={text!r} must be a non-empty sentence, such as 'detect sofas'.")
+            vectors.append(self.encoder.encode([text])[0])
+        if examples is not None:
+            if isinstance(examples, str) or not examples:
+                raise ValueError(f"examples={examples!r} must be a non-empty list of strings.")
+            vectors.append(self.encoder.average(self.encoder.encode(examples)))
+        if images is not None:
+            vectors.append(self.encoder.average(self.encoder.encode(open_images(images))))
+        return vectors[0] if len(vectors) == 1 else self.encoder.average(torch.stack(vectors))
+
+    # ------------------------------------------------------------------ adapters
+    def generate_state_dict(
+        self,
+        text: str | None = None,
+        *,
+        examples: Sequence[str] | None = None,
+        images: Sequence[Picture] | None = None,
+        task_vector: Tensor | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Generate the tensors of one adapter; no base model is needed.
+
+        Args:
+            text, examples, images, task_vector: See [`~ICMGenerator.task_vector`].
+            temperature (`float`, defaults to 1.0): See [`~ICMGenerator.sample`].
+            generator (`torch.Generator`, *optional*): Source of z.
+
+        Returns:
+            `dict[str, Tensor]`: Keys and shapes of the layout, on the CPU, as `peft.set_peft_model_state_dict` takes them.
+        """
+        condition = self.task_vector(text, examples=examples, images=images, task_vector=task_vector)
+        return self.layout.unflatten(self.sample(condition, 1, generator, temperature)[0].cpu())
+
+    def generate_adapter(
+        self,
+        text: str | None = None,
+        base_model: str | os.PathLike[str] | PreTrainedModel | PeftModel | None = None,
+        *,
+        examples: Sequence[str] | None = None,
+        images: Sequence[Picture] | None = None,
+        task_vector: Tensor | None = None,
+        adapter_name: str = "default",
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        is_trainable: bool = False,
+        base_model_kwargs: Mapping[str, Any] | None = None,
+    ) -> PeftModel:
+        """Generate one adapter and put it onto its base model.
+
+        Args:
+            text (`str`, *optional*): What the adapter is for, e.g. `"detect sofas"`.
+            base_model (`str`, `Path`, `PreTrainedModel` or `PeftModel`, *optional*): `None` loads the base that the generator was
+                trained for, once; every call gives a model of its own on the same memory, until something is written to (a merge gets
+                its own copy of what it changes). An id or folder is loaded. A `PreTrainedModel` is wrapped in place. On a `PeftModel`
+                the named adapter is added, or swapped where it is there.
+            examples (`Sequence[str]`, *optional*): Examples of the task instead of a text.
+            images (`Sequence[PIL.Image.Image, str or Path]`, *optional*): Pictures of the task, instead of a text or beside it.
+            task_vector (`Tensor`, *optional*): `[d]` instead of a text.
+            adapter_name (`str`, defaults to `"default"`): Name of the adapter.
+            temperature (`float`, defaults to 1.0): Standard deviation of z.
+            generator (`torch.Generator`, *optional*): Source of z, for a seed.
+            is_trainable (`bool`, defaults to `False`): Leave the adapter trainable and in train mode.
+            base_model_kwargs (`Mapping`, *optional*): For the base's `from_pretrained` (`dtype`, `device_map`, ...).
+
+        Returns:
+            `PeftModel`: A native one, in eval mode unless `is_trainable`.
+
+        Raises:
+            `ValueError`: If the input is not what the encoder reads, or the base does not fit the layout.
+        """
+        state_dict = self.generate_state_dict(
+            text, examples=examples, images=images, task_vector=task_vector, temperature=temperature, generator=generator
+        )
+        model = self._base_for(base_model, base_model_kwargs)
+        facts = self._facts(text, temperature, generator, images)
+        return attach(model, self.layout, state_dict, adapter_name=adapter_name, is_trainable=is_trainable, provenance=facts)
+
+    def generate_adapters(
+        self,
+        texts: Sequence[str],
+        base_model: str | os.PathLike[str] | PreTrainedModel | PeftModel | None = None,
+        *,
+        adapter_names: Sequence[str] | None = None,
+        temperature: float = 1.0,
+        generator: Generators = None,
+        is_trainable: bool = False,
+        base_model_kwargs: Mapping[str, Any] | None = None,
+    ) -> PeftModel:
+        """Generate many named adapters onto one model, in one decode; the first is active.
+
+        Args:
+            texts (`Sequence[str]`): One sentence for each adapter.
+            base_model: See [`~ICMGenerator.generate_adapter`].
+            adapter_names (`Sequence[str]`, *optional*): Their names; by default the words of the text, joined by `_`.
+            temperature (`float`, defaults to 1.0): Standard deviation of z.
+            generator (`torch.Generator` or a list of them, *optional*): One for all, or one for each adapter.
+            is_trainable (`bool`, defaults to `False`): Leave the adapters trainable.
+            base_model_kwargs (`Mapping`, *optional*): For the base's `from_pretrained`.
+
+        Returns:
+            `PeftModel`: The model that carries all of them.
+
+        Raises:
+            `ValueError`: If `texts` is empty or a string, or the names are not as many as the texts and all different.
+        """
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"texts={texts!r} must be a non-empty list of sentences.")
+        vectors = torch.stack([self.task_vector(text) for text in texts])
+        names = list(adapter_names or (re.sub(r"\W+", "_", text).strip("_") for text in texts))
+        if len(names) != len(texts) or len(set(names)) != len(names):
+            raise ValueError(f"Expected {len(texts)} different adapter names, found {names}.")
+        samples = self.sample(vectors, 1, generator, temperature).cpu()
+        model = self._base_for(base_model, base_model_kwargs)
+        generators = generator if isinstance(generator, Sequence) else [generator] * len(names)
+        for name, text, vector, source in zip(names, texts, samples, generators, strict=True):
+            facts = self._facts(text, temperature, source)
+            state_dict = self.layout.unflatten(vector)
+            model = attach(model, self.layout, state_dict, adapter_name=name, is_trainable=is_trainable, provenance=facts)
+        assert isinstance(model, PeftModel)
+        model.set_adapter(names[0], inference_mode=not is_trainable)
+        return model
+
+    def _facts(
+        self, text: str | None, temperature: float, generator: torch.Generator | None, images: Sequence[Picture] | None = None
+    ) -> dict[str, Any]:
+        return {
+            "generator": self._source.get("name"),
+            "text": text,
+            "images": len(images) if images is not None else None,
+            "seed": generator.initial_seed() if generator is not None else None,
+            "temperature": temperature,
+        }
+
+    def _base_for(
+        self, base_model: str | os.PathLike[str] | PreTrainedModel | PeftModel | None, kwargs: Mapping[str, Any] | None
+    ) -> PreTrainedModel | PeftModel:
+        if isinstance(base_model, PreTrainedModel | PeftModel):
+            if kwargs:
+                raise ValueError("base_model_kwargs are for a base that is loaded here; this base_model is a model already.")
+            return base_model
+        if base_model is not None:
+            revision = self.layout.revision if str(base_model) == self.layout.base_model_name_or_path else None
+            return load_base(self.layout, str(base_model), revision, **(kwargs or {}))
+        if kwargs:
+            return load_base(self.layout, *self._own_base(), **kwargs)
+        return share_tensors(self.load_base())
+
+    def load_base(self) -> PreTrainedModel:
+        """The base model that this generator was trained for, loaded once.
+
+        Returns:
+            `PreTrainedModel`: Keep it free of adapters: what `generate_adapter` returns is copied from it.
+
+        Raises:
+            `ValueError`: If the generator names no base.
+        """
+        if "base" not in self._lazy:
+            self._lazy["base"] = load_base(self.layout, *self._own_base())
+        return self._lazy["base"]
+
+    def _own_base(self) -> tuple[str, str | None]:
+        if self.config.base_model_subfolder:
+            return str(self._resolve(self.config.base_model_subfolder)), None
+        if self.layout.base_model_name_or_path is None:
+            raise ValueError("This generator names no base model: pass base_model= (an id, a folder or a model).")
+        return self.layout.base_model_name_or_path, self.layout.revision
+
+    def _resolve(self, folder: str) -> Path:
+        """The local path of a folder that travels with this generator; downloaded, and inside its repo, where that is on the Hub."""
+        options = dict(self._source)
+        if "name" not in options:
+            raise ValueError(f"The generator's {folder}/ is found only after save_pretrained and from_pretrained.")
+        if not os.path.isdir(options["name"]) and (".." in Path(folder).parts or Path(folder).is_absolute()):
+            raise ValueError(f"{options['name']} names the folder {folder!r}, outside its own repo: it is not followed there.")
+        path = os.path.join(options.pop("subfolder", ""), folder)
+        return resolve(options.pop("name"), allow_patterns=[f"{path}/*"], **options) / path

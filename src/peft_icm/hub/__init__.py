@@ -1,0 +1,5 @@
+"""The Hugging Face Hub: transport (`files`) and cards (`cards`)."""
+
+from .files import resolve
+
+__all__ = ["resolve"]

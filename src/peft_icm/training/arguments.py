@@ -1,0 +1,60 @@
+"""ICMTrainingArguments and ICMTrainer: in-context meta-learning of a generator on transformers' Trainer.
+
+The procedure, where the paper only names it: an *episode* is a batch that goes round all tasks. Each of its samples is one snapshot of
+its task, with a condition that is drawn anew - the mean of a random handful of the task's phrasings or examples - and with a context of
+(task vector, latent) pairs from which, in half of the episodes, the task's own pair is hidden.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from transformers import (
+    TrainingArguments,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ICMTrainingArguments(TrainingArguments):
+    """Arguments of [`ICMTrainer`]: those of transformers' `TrainingArguments`, and these.
+
+    > Parameters that control the episodes
+
+    Args:
+        max_handful (`int`, defaults to 4): A condition is the mean of 1 to this many of its task's vectors.
+        condition_noise (`float`, defaults to 0.5): Standard deviation of Gaussian noise on a condition, as a share of the spread of
+            the collection's task vectors; stands for the wordings that were not collected.
+        leave_out_rate (`float`, defaults to 0.5): Share of episodes in which a task's own pair is hidden from the context.
+        held_out (`float`, defaults to 0.2): Share of each task's snapshots that is kept for evaluation.
+
+    > Parameters that control the loss
+
+    Args:
+        kl_warmup_ratio (`float`, defaults to 0.1): Share of the steps over which the KL weight rises from 0 to `config.kl_weight`.
+        early_stopping_patience (`int`, *optional*): Stop after so many evaluations without a better eval loss; needs
+            `load_best_model_at_end=True`.
+    """
+
+    output_dir: str | None = field(default="icm-generator")
+    num_train_epochs: float = field(default=200)
+    per_device_train_batch_size: int = field(default=36)
+    per_device_eval_batch_size: int = field(default=64)
+    learning_rate: float = field(default=1e-3)
+    max_handful: int = field(default=4)
+    condition_noise: float = field(default=0.5)
+    leave_out_rate: float = field(default=0.5)
+    held_out: float = field(default=0.2)
+    kl_warmup_ratio: float = field(default=0.1)
+    early_stopping_patience: int | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        if self.max_handful < 1:
+            raise ValueError(f"max_handful={self.max_handful} must be at least 1.")
+        for name in ("leave_out_rate", "held_out", "kl_warmup_ratio"):
+            if not 0 <= getattr(self, name) < 1 and not (name == "leave_out_rate" and self.leave_out_rate == 1):
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")

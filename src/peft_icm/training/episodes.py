@@ -1,0 +1,99 @@
+"""ICMTrainingArguments and ICMTrainer: in-context meta-learning of a generator on transformers' Trainer.
+
+The procedure, where the paper only names it: an *episode* is a batch that goes round all tasks. Each of its samples is one snapshot of
+its task, with a condition that is drawn anew - the mean of a random handful of the task's phrasings or examples - and with a context of
+(task vector, latent) pairs from which, in half of the episodes, the task's own pair is hidden.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from .arguments import ICMTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+Key = tuple[int, int, int, int]  # epoch, position in the epoch, task, snapshot
+
+
+class EpisodeDataset(Dataset[dict[str, Tensor]]):
+    """Snapshots with conditions, context and noise that are a function of (seed, epoch, position) alone.
+
+    That makes a run the same on one process or two, and the same when it is resumed.
+    """
+
+    def __init__(self, snapshots: list[Tensor], task_vectors: list[Tensor], args: ICMTrainingArguments, latent_size: int, batch_size: int):
+        self.snapshots, self.task_vectors, self.args = snapshots, task_vectors, args
+        self.latent_size, self.batch_size = latent_size, batch_size
+        rows = torch.cat(task_vectors)
+        self.unit_rows = bool((rows.norm(dim=1) - 1).abs().max() < 1e-3)
+        self.noise = args.condition_noise * float((rows - rows.mean(0)).std(correction=0))
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.snapshots)
+
+    def __getitem__(self, key: Key) -> dict[str, Tensor]:
+        epoch, position, task, snapshot = key
+        draw = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch * 100_003 + position)
+        noise = torch.randn(self.latent_size, generator=draw)
+        vectors = self.task_vectors[task]
+        handful = int(torch.randint(1, self.args.max_handful + 1, (), generator=draw))
+        condition = vectors[torch.randperm(len(vectors), generator=draw)[:handful]].mean(0)
+        if self.unit_rows:
+            condition = condition / condition.norm()
+        hide = False
+        if epoch >= 0:
+            condition = condition + self.noise * torch.randn(condition.shape, generator=draw)
+            episode = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch * 100_003 + position // self.batch_size + 50_000)
+            hide = bool(torch.rand((), generator=episode) < self.args.leave_out_rate)
+        return {
+            "parameters": self.snapshots[task][snapshot],
+            "condition": condition,
+            "hidden_tasks": torch.tensor(task if hide else -1),
+            "noise": noise,
+        }
+
+
+class EpisodeSampler(Sampler[Key]):
+    """Goes round the tasks in a fresh random order, each with its next snapshot in a fresh random order.
+
+    A task with fewer snapshots begins anew, so that each is seen equally often. Epoch -1 is the evaluation: in order, once.
+    """
+
+    def __init__(self, dataset: EpisodeDataset, evaluate: bool = False):
+        self.dataset, self.epoch, self.evaluate = dataset, -1 if evaluate else 0, evaluate
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer."""
+        self.epoch = -1 if self.evaluate else epoch
+
+    def __len__(self) -> int:
+        counts = [len(part) for part in self.dataset.snapshots]
+        return sum(counts) if self.evaluate else max(counts) * len(counts)
+
+    def __iter__(self) -> Iterator[Key]:
+        counts = [len(part) for part in self.dataset.snapshots]
+        if self.evaluate:
+            pairs = [(task, index) for task, count in enumerate(counts) for index in range(count)]
+        else:
+            draw = torch.Generator().manual_seed(self.dataset.args.seed * 7919 + self.epoch)
+            orders = [torch.randperm(count, generator=draw).tolist() for count in counts]
+            rounds = [torch.randperm(len(counts), generator=draw).tolist() for _ in range(max(counts))]
+            pairs = [(task, orders[task][turn % counts[task]]) for turn, tasks in enumerate(rounds) for task in tasks]
+        for position, (task, index) in enumerate(pairs):
+            yield self.epoch, position, task, index
+
+
+def held_out_mask(count: int, share: float) -> Tensor:
+    """`[count]` booleans: every (1 / share)-th snapshot, from the middle of its stride; none of a single snapshot."""
+    mask = torch.zeros(count, dtype=torch.bool)
+    held = min(round(count * share), count - 1)
+    if held:
+        mask[((torch.arange(held) + 0.5) * count / held).long()] = True
+    return mask
