@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..pictures import Picture, open_picture
+
 Item = str | Image.Image
-Picture = Image.Image | str | os.PathLike[str]
 READS: dict[str, tuple[type, str]] = {  # argument -> what its items are
     "text": (str, "non-empty strings"),
     "examples": (str, "non-empty strings"),
@@ -79,7 +80,7 @@ class TaskEncoder(ABC):
                 raise ValueError(f"{expected}, found {item!r}.")
             if isinstance(item, str) != isinstance(items[0], str):
                 raise ValueError(f"{expected}, found both in one list: encode them apart.")
-        items = [item if isinstance(item, str) else item.convert("RGB") for item in items]
+        items = [item if isinstance(item, str) else open_picture(item) for item in items]
         batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
         return torch.cat([self._embed(batch).float().cpu() for batch in batches]).clone()
 
@@ -96,28 +97,20 @@ class TaskEncoder(ABC):
 
 
 def open_images(images: Sequence[Picture]) -> list[Image.Image]:
-    """Open the pictures that are named by their path.
+    """Open pictures as viewers show them: see [`open_picture`].
 
     Args:
         images (`Sequence[PIL.Image.Image, str or Path]`): Pictures or paths of picture files.
 
     Returns:
-        `list[PIL.Image.Image]`
+        `list[PIL.Image.Image]`: In RGB.
 
     Raises:
         `ValueError`: If it is no list, or a file holds no picture.
     """
     if isinstance(images, str | os.PathLike | Image.Image) or not images:
         raise ValueError(f"images={images!r} must be a non-empty list of PIL images or paths.")
-    opened: list[Image.Image] = []
-    for image in images:
-        if isinstance(image, str | os.PathLike):
-            try:
-                image = Image.open(image).convert("RGB")
-            except OSError as error:
-                raise ValueError(f"{image} is no picture that can be opened ({error}): pass the path of an image file.") from error
-        opened.append(image)
-    return opened
+    return [open_picture(image) if isinstance(image, str | os.PathLike | Image.Image) else image for image in images]
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
