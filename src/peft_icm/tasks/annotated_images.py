@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import PIL.Image
+
+from ..disk import inside
+from ..pictures import open_picture, picture_size
+from .fields import read_json, strings
+
+if TYPE_CHECKING:
+    import datasets
+
+_ID, _NUMBER, _NAME, _BOX = "a number or a string", "a number", "a non-empty string", "four numbers (x, y, width, height)"
+_CROWD, _OWN_ID = "0 or 1", "a number or a string, or left out"
+COCO_FIELDS = {
+    "images": {"id": _ID, "file_name": _NAME, "width": _NUMBER, "height": _NUMBER},
+    "categories": {"id": _ID, "name": _NAME},
+    "annotations": {"id": _OWN_ID, "image_id": _ID, "category_id": _ID, "bbox": _BOX, "iscrowd": _CROWD},
+}
+"""What the lists of a COCO instances file hold."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > 1e300  # whole numbers know no bound
+
+
+_IS: dict[str, Callable[[Any], bool]] = {
+    _ID: lambda value: isinstance(value, str) or _is_number(value),
+    _OWN_ID: lambda value: value is None or isinstance(value, str) or _is_number(value),
+    _NUMBER: _is_number,
+    _NAME: lambda value: isinstance(value, str) and bool(value.strip()),
+    _BOX: lambda value: isinstance(value, list) and len(value) == 4 and all(map(_is_number, value)),
+    _CROWD: lambda value: value is None or value in (0, 1),
+}
 
 
 @dataclass
@@ -19,8 +47,12 @@ class AnnotatedImage:
 
     Args:
         image (`str` or `PIL.Image.Image`): A file, opened only when it is needed, or a picture.
-        boxes (`list[list[float]]`): `[N, 4]`, xyxy in pixels.
+        boxes (`list[list[float]]`): `[N, 4]`, xyxy in pixels of the picture as it is shown, turned by its EXIF data.
         labels (`list[str]`): N labels.
+
+    Raises:
+        `ValueError`: If a box is not four finite numbers `x1 <= x2, y1 <= y2`, a label is no string, or there are more of one than of the
+            other.
 
     Example:
 
@@ -35,31 +67,34 @@ class AnnotatedImage:
     boxes: list[list[float]] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.labels = strings(self.labels, f"{self._name}: labels")
+        try:
+            self.boxes = [[float(value) for value in box] for box in self.boxes]
+            ordered = all(-math.inf < x1 <= x2 < math.inf and -math.inf < y1 <= y2 < math.inf for x1, y1, x2, y2 in self.boxes)
+        except (TypeError, ValueError, OverflowError):
+            ordered = False
+        if not ordered:
+            raise ValueError(f"{self._name}: boxes must be lists of four numbers x1 <= x2, y1 <= y2; found {self.boxes!r:.80}.")
+        if len(self.boxes) != len(self.labels):
+            raise ValueError(f"{self._name} has {len(self.boxes)} boxes and {len(self.labels)} labels: each box needs one.")
+
+    @property
+    def _name(self) -> str:
+        return "A picture" if isinstance(self.image, PIL.Image.Image) else str(self.image)
+
     def load(self) -> PIL.Image.Image:
-        """The picture, in RGB.
+        """The picture, in RGB, as [`open_picture`] reads it.
 
         Raises:
             `ValueError`: If the file is no picture.
         """
-        with self._opened() as picture:
-            return picture.convert("RGB")
+        return open_picture(self.image)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height, read without decoding the picture; raises `ValueError` if the file is no picture."""
-        with self._opened() as picture:
-            return picture.size
-
-    @contextmanager
-    def _opened(self) -> Iterator[PIL.Image.Image]:
-        if isinstance(self.image, PIL.Image.Image):
-            yield self.image
-            return
-        try:
-            with PIL.Image.open(self.image) as picture:
-                yield picture
-        except (OSError, SyntaxError) as error:  # SyntaxError is how Pillow reports a broken PNG
-            raise ValueError(f"{self.image} is no picture that Pillow can read ({error}).") from error
+        """Width and height as shown, read without decoding the picture; raises `ValueError` if the file is no picture."""
+        return picture_size(self.image)
 
 
 def load_coco(annotations: str | os.PathLike[str], images: str | os.PathLike[str]) -> list[AnnotatedImage]:
@@ -73,29 +108,63 @@ def load_coco(annotations: str | os.PathLike[str], images: str | os.PathLike[str
         `list[AnnotatedImage]`: In the order of the file.
 
     Raises:
-        `ValueError`: If the file is no COCO instances JSON, images are missing, an annotation names an unknown image or category, or a
-            box is empty or more than a pixel outside its image.
+        `ValueError`: If the file is no COCO instances JSON, two entries have one id, images are missing, outside the folder or, as they are
+            shown, of another size than the file says, an annotation names an unknown image or category, or a box is empty or more than a
+            pixel outside its image.
     """
+    refusal = f"{annotations} is no COCO instances file"
+    document = read_json(annotations, f'{refusal}, {{"images": [...], "annotations": [...], "categories": [...]}}')
+    rows = {key: _coco_rows(document, key, refusal) for key in COCO_FIELDS}
+    categories = {row["id"]: row["name"] for row in rows["categories"]}
     try:
-        document = json.loads(Path(annotations).read_text(encoding="utf-8"))
-        entries = {entry["id"]: (entry["file_name"], (entry["width"], entry["height"])) for entry in document["images"]}
-        categories = {entry["id"]: entry["name"] for entry in document["categories"]}
-        objects = [(o["image_id"], o["category_id"], o["bbox"]) for o in document["annotations"] if not o.get("iscrowd")]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = {row["id"]: inside(images, row["file_name"]) for row in rows["images"]}
+    except ValueError as error:
+        raise ValueError(f"{annotations}: file_name {error}") from error
+    if missing := [row["file_name"] for row in rows["images"] if not files[row["id"]].is_file()]:
+        raise ValueError(f"{len(missing)} of the {len(files)} images of {annotations} are not in {images}, the first is {missing[0]}.")
+    sizes = {}
+    for row in rows["images"]:
+        sizes[row["id"]] = picture_size(files[row["id"]])
+        _check_size((row["width"], row["height"]), sizes[row["id"]], f"{annotations}: {row['file_name']}")
+    names = {row["id"]: row["file_name"] for row in rows["images"]}
+    boxes: dict[Any, list[list[float]]] = {number: [] for number in files}
+    labels: dict[Any, list[str]] = {number: [] for number in files}
+    for row in rows["annotations"]:
+        if row.get("iscrowd"):
+            continue
+        for key, known in (("image_id", files), ("category_id", categories)):
+            if row[key] not in known:
+                raise ValueError(f"{annotations} has an annotation of {key} {row[key]!r}, which the file does not define.")
+        image = row["image_id"]
+        boxes[image].append(_corners(row["bbox"], sizes[image], names[image]))
+        labels[image].append(categories[row["category_id"]])
+    return [AnnotatedImage(str(file), boxes[number], labels[number]) for number, file in files.items()]
+
+
+def _coco_rows(document: Mapping[str, Any], key: str, refusal: str) -> list[dict[str, Any]]:
+    """One of the lists of a COCO file, its fields checked."""
+    rows = document.get(key)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{refusal}: {key} must be a list of objects; found {rows!r:.80}.")
+    seen = set()
+    for place, row in enumerate(rows):
+        for name, allowed in COCO_FIELDS[key].items():
+            if not _IS[allowed](row.get(name)):
+                raise ValueError(f"{refusal}: {name} of {key}[{place}] must be {allowed}; found {row.get(name)!r:.80}.")
+        if row.get("id") in seen:
+            raise ValueError(f"{refusal}: two of its {key} have the id {row['id']!r}. Files that are joined need ids of their own.")
+        if row.get("id") is not None:
+            seen.add(row["id"])
+    return rows
+
+
+def _check_size(said: tuple[Any, Any], size: tuple[int, int], name: str) -> None:
+    """Boxes of a picture that is stored otherwise, or of another size, would lie beside their objects."""
+    if said != size:
         raise ValueError(
-            f'{annotations} is no COCO instances file, {{"images": [...], "annotations": [...], "categories": [...]}} ({error!r}).'
-        ) from error
-    folder = Path(images)
-    if missing := [name for name, _ in entries.values() if not (folder / name).is_file()]:
-        raise ValueError(f"{len(missing)} of the {len(entries)} images of {annotations} are not in {folder}, the first is {missing[0]}.")
-    found = {key: AnnotatedImage(str(folder / name)) for key, (name, _) in entries.items()}
-    for image, category, bbox in objects:
-        if image not in entries or category not in categories:
-            unknown = f"category_id {category}" if image in entries else f"image_id {image}"
-            raise ValueError(f"{annotations} has an annotation of {unknown}, which the file does not define.")
-        found[image].boxes.append(_corners(bbox, entries[image][1], entries[image][0]))
-        found[image].labels.append(categories[category])
-    return list(found.values())
+            f"{name} is said to have {said[0]} x {said[1]} pixels, but is shown with {size[0]} x {size[1]}: correct the sizes and boxes or,"
+            " if they are of the picture before EXIF turns it, remove its EXIF orientation."
+        )
 
 
 def from_dataset(dataset: datasets.Dataset) -> list[AnnotatedImage]:
@@ -103,27 +172,44 @@ def from_dataset(dataset: datasets.Dataset) -> list[AnnotatedImage]:
 
     Args:
         dataset (`datasets.Dataset`): Columns `image` and `objects`, `{"bbox": [[x, y, width, height], ...], "category": [...]}`, with
-            categories of a `ClassLabel` or as strings.
+            categories of a `ClassLabel` or as strings; `width` and `height`, where it has them, are compared to the picture's.
 
     Returns:
         `list[AnnotatedImage]`
 
     Raises:
-        `ValueError`: If the columns are others, or a box is empty or more than a pixel outside its image.
+        `ValueError`: If the columns are others or hold no value, two rows have one `image_id`, a picture is of another size than the row
+            says, or a box is empty or more than a pixel outside its image.
     """
-    objects = dataset.features.get("objects")
+    import datasets
+
+    features = getattr(dataset, "features", None)
+    features = features if isinstance(features, Mapping) else {}  # a DatasetDict has none: its splits have
+    objects = features.get("objects")
     category = getattr(objects.get("category"), "feature", None) if isinstance(objects, dict) else None
     is_known = isinstance(category, datasets.ClassLabel) or category == datasets.Value("string")
-    if not (is_known and isinstance(dataset.features.get("image"), datasets.Image)):
+    if not (is_known and isinstance(features.get("image"), datasets.Image)):
         raise ValueError(
             'The data set needs the columns image and objects {"bbox", "category"}, with categories of a ClassLabel or strings; '
-            f"found {dataset.features}."
+            f"found {dict(features) or type(dataset).__name__}."
         )
-    found = []
-    for index, row in enumerate(dataset):
-        boxes = [_corners(bbox, row["image"].size, f"image {index}") for bbox in row["objects"]["bbox"]]
-        labels = row["objects"]["category"]
-        found.append(AnnotatedImage(row["image"], boxes, category.int2str(labels) if isinstance(category, datasets.ClassLabel) else labels))
+    found, seen = [], set()
+    for index, row in enumerate(dataset.with_format(None)):
+        boxes, labels = (row["objects"] or {}).get("bbox"), (row["objects"] or {}).get("category")
+        if not (row["image"] and isinstance(boxes, list) and isinstance(labels, list) and all(map(_IS[_BOX], boxes))):
+            raise ValueError(f"image {index} must be a picture with lists of bbox, {_BOX}, and category; found {row['objects']!r:.200}.")
+        if isinstance(category, datasets.ClassLabel):
+            if not all(isinstance(label, int) and 0 <= label < category.num_classes for label in labels):
+                raise ValueError(f"image {index} has the categories {labels!r:.80}: each must be one of 0 to {category.num_classes - 1}.")
+            labels = category.int2str(labels)
+        if row.get("image_id") in seen:
+            raise ValueError(f"image {index}: a second row has the image_id {row['image_id']!r}.")
+        if row.get("image_id") is not None:
+            seen.add(row["image_id"])
+        size = picture_size(row["image"])
+        if row.get("width") is not None and row.get("height") is not None:
+            _check_size((row["width"], row["height"]), size, f"image {index}")
+        found.append(AnnotatedImage(row["image"], [_corners(bbox, size, f"image {index}") for bbox in boxes], labels))
     return found
 
 
@@ -131,9 +217,9 @@ def _corners(bbox: Sequence[float], size: tuple[int, int], name: str) -> list[fl
     """COCO's xywh as xyxy, clipped to the image."""
     x, y, width, height = bbox
     corners, limits = (x, y, x + width, y + height), (*size, *size)
-    inside = all(-1 <= value <= limit + 1 for value, limit in zip(corners, limits, strict=True))
+    within = all(-1 <= value <= limit + 1 for value, limit in zip(corners, limits, strict=True))
     # COCO itself has boxes a fraction of a pixel too large, and two (in train2017) that rounding left without any height.
-    if not (inside and min(width, height) >= 0 and max(width, height) > 0):
+    if not (within and min(width, height) >= 0 and max(width, height) > 0):
         raise ValueError(
             f"{name}: the box {list(bbox)} (x, y, width, height) is empty or outside its image of {size[0]} x {size[1]} pixels."
         )
@@ -169,7 +255,8 @@ def crops(images: Sequence[AnnotatedImage], label: str, count: int | None = None
             if len(found) == count:
                 return found
             picture, edge = image.load(), margin * max(box[2] - box[0], box[3] - box[1])
-            left, top = (max(0, round(value - edge)) for value in box[:2])
+            # At least a pixel, of boxes that rounding left without any height too.
+            left, top = (min(max(0, round(value - edge)), limit - 1) for value, limit in zip(box[:2], picture.size, strict=True))
             right, bottom = (min(limit, round(value + edge)) for value, limit in zip(box[2:], picture.size, strict=True))
-            found.append(picture.crop((left, top, right, bottom)))
+            found.append(picture.crop((left, top, max(right, left + 1), max(bottom, top + 1))))
     return found

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+
+from .fields import strings
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 # In the order of COCOeval's stats.
 SUMMARY = [
@@ -28,7 +31,8 @@ def mean_average_precision(
             numbers), as [`detect`] gives them.
         references (`Sequence[Mapping]`): For each image `boxes` and `labels`, and optionally `iscrowd` (N times 0 or 1) and `area` (N
             numbers; by default the boxes').
-        labels (`Sequence[str]`, *optional*): The classes that count; by default those of the references. Objects of others are ignored.
+        labels (`Sequence[str]` or `str`, *optional*): The classes that count; by default those of the references. Objects of others are
+            ignored.
 
     Returns:
         `dict`: COCO's twelve numbers under the names that torchmetrics gives them: `map` (IoU 0.50 to 0.95), `map_50`, `map_75`,
@@ -36,7 +40,8 @@ def mean_average_precision(
         `map`, `map_50` and `map_75` of each label. A number with no reference to measure is -1, as in COCO.
 
     Raises:
-        `ValueError`: If there are not as many predictions as references, boxes are not `[N, 4]`, or N differs within an image.
+        `ValueError`: If there are not as many predictions as references, boxes are not `[N, 4]`, those of a reference not x1 <= x2 and
+            y1 <= y2, N differs within an image, a label is no string, or a number is not finite.
 
     Example:
 
@@ -48,14 +53,18 @@ def mean_average_precision(
 
     ```
     """
+    from pycocotools.cocoeval import COCOeval
+
     if len(predictions) != len(references):
         raise ValueError(f"There are {len(predictions)} predictions for {len(references)} references: give one of each for every image.")
-    names = sorted(set(labels if labels is not None else (label for reference in references for label in reference["labels"])))
+    found = [_checked("predictions", image, row, ("scores",)) for image, row in enumerate(predictions)]
+    truth = [_checked("references", image, row, ("area", "iscrowd")) for image, row in enumerate(references)]
+    names = sorted({label for row in truth for label in row["labels"]} if labels is None else set(strings(labels, "labels")))
     categories = {name: index for index, name in enumerate(names, 1)}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         evaluation = COCOeval(
-            _coco("references", references, categories, {"area": "area", "iscrowd": "iscrowd"}),
-            _coco("predictions", predictions, categories, {"score": "scores"}),
+            _coco(truth, categories),
+            _coco(found, categories),
             "bbox",
         )
         evaluation.evaluate()
@@ -74,28 +83,54 @@ def mean_average_precision(
     return {**dict(zip(SUMMARY, evaluation.stats.tolist(), strict=True)), "per_class": per_class}
 
 
-def _coco(kind: str, rows: Sequence[Mapping[str, Any]], categories: Mapping[str, int], columns: Mapping[str, str]) -> COCO:
-    """The rows as a COCO data set; `columns` are the numbers of an object beside its box, by COCO's name for them."""
+def _checked(kind: str, image: int, row: Mapping[str, Any], numbers: Sequence[str]) -> dict[str, Any]:
+    """Boxes, labels and what each box has a number of, `scores` always, `area` and `iscrowd` by default the boxes' area and 0."""
+    name = f"{kind}[{image}]"
+    if not isinstance(row, Mapping) or not {"boxes", "labels"} <= row.keys():
+        raise ValueError(f"{name} must be a dict of boxes and labels; found {row!r:.80}.")
+    boxes = _numbers(row["boxes"], f"{name}: boxes")
+    boxes = boxes if boxes.size else boxes.reshape(0, 4)
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"{name}: boxes must be [N, 4], xyxy in pixels; found the shape {list(boxes.shape)}.")
+    extent = boxes[:, 2:] - boxes[:, :2]
+    if kind == "references" and (extent < 0).any():  # a model may answer such boxes: they match nothing
+        raise ValueError(f"{name}: boxes must be xyxy with x1 <= x2 and y1 <= y2; found {boxes[(extent < 0).any(1)][0].tolist()}.")
+    checked: dict[str, Any] = {"bbox": np.concatenate([boxes[:, :2], extent], 1), "labels": strings(row["labels"], f"{name}: labels")}
+    checked |= {"area": extent.prod(1), "iscrowd": np.zeros(len(boxes))}
+    checked |= {key: _numbers(row[key], f"{name}: {key}") for key in numbers if row.get(key) is not None}
+    if "scores" in numbers and "scores" not in checked:
+        raise ValueError(f"{name} has no scores: each box needs one.")
+    for key, values in checked.items():
+        if len(values) != len(boxes) or (key in numbers and np.ndim(values) != 1):
+            raise ValueError(f"{name} has {len(boxes)} boxes and {len(values)} {key}: each box needs one.")
+    if not np.isin(checked["iscrowd"], (0, 1)).all():
+        raise ValueError(f"{name}: iscrowd must be 0 or 1; found {checked['iscrowd'].tolist()!r:.80}.")
+    return checked
+
+
+def _numbers(values: Any, name: str) -> np.ndarray:
+    """An array of finite numbers in fp64."""
+    try:
+        found = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # lists of unequal lengths, tensors of another device or dtype
+        raise ValueError(f"{name} must be an array of numbers on the CPU; {error}") from error
+    if found.dtype.kind not in "biuf" or not np.isfinite(found).all():
+        raise ValueError(f"{name} must be finite numbers; found {values!r:.80}.")
+    return found.astype(float)
+
+
+def _coco(rows: Sequence[Mapping[str, Any]], categories: Mapping[str, int]) -> COCO:
+    """The rows as a COCO data set."""
+    from pycocotools.coco import COCO
+
     annotations: list[dict[str, Any]] = []
     for image, row in enumerate(rows):
-        boxes = np.asarray(row["boxes"], dtype=float)
-        boxes = boxes if boxes.size else boxes.reshape(0, 4)
-        if boxes.ndim != 2 or boxes.shape[1] != 4:
-            raise ValueError(f"{kind}[{image}]: boxes must be [N, 4], xyxy in pixels; found the shape {list(boxes.shape)}.")
-        corner, extent = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
-        bbox = np.concatenate([corner, extent], 1).tolist()
-        numbers = {"area": extent.prod(1), "iscrowd": np.zeros(len(boxes), dtype=int)}
-        numbers |= {name: np.asarray(row[column]) for name, column in columns.items() if row.get(column) is not None}
-        for name, length in {"labels": len(row["labels"]), **{columns.get(n, n): len(values) for n, values in numbers.items()}}.items():
-            if length != len(boxes):
-                raise ValueError(f"{kind}[{image}] has {len(boxes)} boxes and {length} {name}: each box needs one.")
-        if "score" in columns and "score" not in numbers:
-            raise ValueError(f"{kind}[{image}] has no scores: each box needs one.")
-        values = [numbers[name].tolist() for name in numbers]
-        for box, label, *rest in zip(bbox, row["labels"], *values, strict=True):
+        columns = {"bbox": row["bbox"], "area": row["area"], "iscrowd": row["iscrowd"].astype(int)}
+        columns |= {"score": row["scores"]} if "scores" in row else {}
+        for label, *values in zip(row["labels"], *(column.tolist() for column in columns.values()), strict=True):
             if label in categories:
-                own = {"id": len(annotations) + 1, "image_id": image, "category_id": categories[label], "bbox": box}
-                annotations.append({**own, **dict(zip(numbers, rest, strict=True))})
+                own = {"id": len(annotations) + 1, "image_id": image, "category_id": categories[label]}
+                annotations.append({**own, **dict(zip(columns, values, strict=True))})
     coco = COCO()
     coco.dataset = {
         "images": [{"id": image} for image in range(len(rows))],

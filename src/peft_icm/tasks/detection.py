@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,9 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from ..disk import safe_name
 from .annotated_images import AnnotatedImage, load_coco
+from .fields import at_least, make_tasks, path_from_json, read_tasks_json, strings
 from .florence_answers import answer_text, parse_answer
 
 
@@ -35,7 +38,8 @@ class DetectionExamples(Dataset[dict[str, Tensor]]):
         in_memory (`bool`, defaults to `False`): Process all pictures at once and keep them; for small ones.
 
     Raises:
-        `ValueError`: If a file is no picture, or `location_step` is out of range.
+        `ValueError`: If there is no image, a file is no picture, `images_per_epoch` is less than 1, or [`answer_text`] cannot write the
+            answer.
     """
 
     def __init__(
@@ -48,6 +52,10 @@ class DetectionExamples(Dataset[dict[str, Tensor]]):
         images_per_epoch: int | None = None,
         in_memory: bool = False,
     ):
+        if not images:
+            raise ValueError("There are no images to learn from: give one at least.")
+        if images_per_epoch is not None:
+            at_least(1, images_per_epoch=images_per_epoch)
         self.images, self.processor, self.images_per_epoch = images, processor, images_per_epoch
         asked = processor(text=prompt, images=images[0].load(), return_tensors="pt")
         self.prompt = {name: asked[name][0] for name in ("input_ids", "attention_mask")}
@@ -80,12 +88,15 @@ class DetectionTask:
 
     Args:
         name (`str`): Short name, a valid file name, such as `"sofa"`.
-        descriptions (`list[str]`): Sentences that ask for it; the first is the canonical one.
+        descriptions (`list[str]`): Sentences that ask for it; the first is the canonical one. Here as below one string is a list of one.
         label (`str`): The class as the annotations and Florence-2 write it, such as COCO's `"couch"`.
         train_images (`list[AnnotatedImage]`): Images to train on, with and without the class.
         test_images (`list[AnnotatedImage]`): Held-out images.
         unseen_descriptions (`list[str]`): Sentences that ask for it and that no generator is trained on; for evaluation.
         prompt (`str`, defaults to `"<OD>"`): What Florence-2 is asked; not the class, which the adapter knows.
+
+    Raises:
+        `ValueError`: If the name is no file name ([`safe_name`]), or the label or a description is no string or blank.
     """
 
     name: str
@@ -95,6 +106,13 @@ class DetectionTask:
     test_images: list[AnnotatedImage]
     unseen_descriptions: list[str] = field(default_factory=list)
     prompt: str = "<OD>"
+
+    def __post_init__(self) -> None:
+        safe_name(self.name, "task")
+        self.descriptions = strings(self.descriptions, f"descriptions of task {self.name!r}")
+        self.unseen_descriptions = strings(self.unseen_descriptions, f"unseen_descriptions of task {self.name!r}")
+        if not isinstance(self.label, str) or not self.label.strip():
+            raise ValueError(f"label of task {self.name!r} must be a non-empty string; found {self.label!r:.80}.")
 
     @property
     def trained_labels(self) -> frozenset[str]:
@@ -123,8 +141,10 @@ class DetectionTask:
             [`DetectionExamples`]
 
         Raises:
-            `ValueError`: If no training image has the class.
+            `ValueError`: If no training image has the class, `negatives` is below 0, or [`DetectionExamples`] refuses the rest.
         """
+        if not 0 <= negatives < math.inf:
+            raise ValueError(f"negatives={negatives!r} must be a number of at least 0.")
         positive: list[AnnotatedImage] = []
         negative: list[AnnotatedImage] = []
         for image in self.train_images:
@@ -183,7 +203,7 @@ def load_detection_tasks(folder: str | Path) -> list[DetectionTask]:
 
     `tasks.json` holds `{"train": {"annotations", "images"}, "test": {...}, "tasks": [{"name", "label", "descriptions",
     "unseen_descriptions"}]}`, where annotations is a COCO instances file and images a folder, both relative to `folder`; a split may be
-    null, `unseen_descriptions` left out.
+    null, `unseen_descriptions` left out. Relative names stay inside `folder`.
 
     Args:
         folder (`str` or `Path`): The folder.
@@ -192,21 +212,26 @@ def load_detection_tasks(folder: str | Path) -> list[DetectionTask]:
         `list[DetectionTask]`
 
     Raises:
-        `ValueError`: If there is no readable `tasks.json`, or an annotation file is not as [`load_coco`] wants it.
+        `ValueError`: If there is no readable `tasks.json`, a field of it is missing or of another type (the message names file, task and
+            field), or an annotation file is not as [`load_coco`] wants it.
     """
-    root = Path(folder)
-    try:
-        document = json.loads((root / "tasks.json").read_text(encoding="utf-8"))
-        splits = [document[name] for name in ("train", "test")]
-        entries = [
-            (entry["name"], entry["descriptions"], entry["label"], entry.get("unseen_descriptions", [])) for entry in document["tasks"]
-        ]
-        files = [(root / split["annotations"], root / split["images"]) if split else None for split in splits]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        form = '{"train": {"annotations", "images"}, "test": ..., "tasks": [{"name", "label", "descriptions"}]}'
-        raise ValueError(f"{root} needs a tasks.json of the form {form} ({error!r}).") from error
-    train, test = (load_coco(*names) if names else [] for names in files)
-    return [DetectionTask(name, descriptions, label, train, test, unseen) for name, descriptions, label, unseen in entries]
+    form = '{"train": {"annotations", "images"}, "test": ..., "tasks": [{"name", "label", "descriptions"}]}'
+    document = read_tasks_json(folder, form)
+    images: dict[str, list[AnnotatedImage]] = {"train": [], "test": []}
+
+    def make(entry: dict[str, Any]) -> DetectionTask:
+        unseen = entry.get("unseen_descriptions", [])
+        return DetectionTask(entry["name"], entry["descriptions"], entry["label"], images["train"], images["test"], unseen)
+
+    tasks = make_tasks(folder, document["tasks"], make)
+    for split in images:  # read last: of a large data set this takes minutes
+        entry = document.get(split)
+        if split not in document or not (entry is None or (isinstance(entry, dict) and {"annotations", "images"} <= entry.keys())):
+            raise ValueError(f"{folder} needs a tasks.json of the form {form} ({split} is {entry!r:.80}, and it may be null).")
+        if entry is not None:
+            fields = ("annotations", "images")
+            images[split] += load_coco(*(path_from_json(folder, entry[name], f"{folder}/tasks.json: {name} of {split}") for name in fields))
+    return tasks
 
 
 class _Confidence(LogitsProcessor):
@@ -224,7 +249,7 @@ class _Confidence(LogitsProcessor):
 def detect(
     model: Any,
     processor: Any,
-    images: Sequence[AnnotatedImage | PIL.Image.Image | str],
+    images: Sequence[AnnotatedImage | PIL.Image.Image | str] | AnnotatedImage | PIL.Image.Image | str,
     *,
     prompt: str = "<OD>",
     batch_size: int = 16,
@@ -236,7 +261,7 @@ def detect(
     Args:
         model (`Florence2ForConditionalGeneration` or `PeftModel`): The model.
         processor (`Florence2Processor`): Its processor.
-        images (`Sequence`): Annotated images (whose boxes are not looked at), pictures or files.
+        images (`Sequence`): Annotated images (whose boxes are not looked at), pictures or files; or one of them.
         prompt (`str`, defaults to `"<OD>"`): What is asked; the answer is read as that to `<OD>`.
         batch_size (`int`, defaults to 16): Images generated from at once.
         max_new_tokens (`int`, defaults to 512): The longest answer, about six tokens an object; at most what the model has positions for.
@@ -247,25 +272,30 @@ def detect(
         `scores` (`Tensor` `[N]`, the geometric mean of the probabilities of an object's tokens).
 
     Raises:
-        `ValueError`: If the tokenizer has tokens that the model does not know, or a file is no picture.
+        `ValueError`: If the tokenizer has tokens that the model does not know, a file is no picture, or a number is less than 1.
     """
+    at_least(1, batch_size=batch_size, max_new_tokens=max_new_tokens)
     tokens, known = len(processor.tokenizer), model.config.text_config.vocab_size
     longest = min(max_new_tokens, model.config.text_config.max_position_embeddings - 1)
     if tokens > known:
         raise ValueError(f"The processor's tokenizer has {tokens} tokens, the model only {known}: take the processor of this model.")
+    if isinstance(images, AnnotatedImage | PIL.Image.Image | str | os.PathLike):
+        images = [images]
     pictures = [image if isinstance(image, AnnotatedImage) else AnnotatedImage(image) for image in images]
     batches = [pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size)]
     found = []
     was_training = model.training
     model.eval()
-    for batch in tqdm(batches, desc="detecting", leave=False, disable=not progress or len(batches) <= 20):
-        loaded = [picture.load() for picture in batch]
-        inputs = processor(text=[prompt] * len(batch), images=loaded, return_tensors="pt").to(model.device, model.dtype)
-        confidence = _Confidence()
-        # The released checkpoints ask for three beams without repeated trigrams, but `refrigerator` twice is such a repetition.
-        greedy = {"do_sample": False, "num_beams": 1, "early_stopping": False, "no_repeat_ngram_size": 0}
-        sequences = model.generate(**inputs, **greedy, max_new_tokens=longest, logits_processor=LogitsProcessorList([confidence]))
-        answers, log_probs = sequences[:, 1:].tolist(), torch.stack(confidence.steps, 1).tolist()
-        found += [parse_answer(a, p, picture.size, processor) for a, p, picture in zip(answers, log_probs, loaded, strict=True)]
-    model.train(was_training)
+    try:
+        for batch in tqdm(batches, desc="detecting", leave=False, disable=not progress or len(batches) <= 20):
+            loaded = [picture.load() for picture in batch]
+            inputs = processor(text=[prompt] * len(batch), images=loaded, return_tensors="pt").to(model.device, model.dtype)
+            confidence = _Confidence()
+            # The released checkpoints ask for three beams without repeated trigrams, but `refrigerator` twice is such a repetition.
+            greedy = {"do_sample": False, "num_beams": 1, "early_stopping": False, "no_repeat_ngram_size": 0}
+            sequences = model.generate(**inputs, **greedy, max_new_tokens=longest, logits_processor=LogitsProcessorList([confidence]))
+            answers, log_probs = sequences[:, 1:].tolist(), torch.stack(confidence.steps, 1).tolist()
+            found += [parse_answer(a, p, picture.size, processor) for a, p, picture in zip(answers, log_probs, loaded, strict=True)]
+    finally:
+        model.train(was_training)
     return found

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
+
+LONGEST_LABEL = 200  # characters: the processor's pattern takes the square of their number
 
 
 def answer_text(
@@ -27,10 +30,17 @@ def answer_text(
         `str`: Empty where there are no objects.
 
     Raises:
-        `ValueError`: If `location_step` is not between 1 and 1000.
+        `ValueError`: If `location_step` is not a whole number between 1 and 1000, or a label is one that the processor would not read back:
+            not ASCII, longer than 200 characters, with `<` or with space around it.
     """
-    if not 1 <= location_step <= 1000:
+    if not isinstance(location_step, int) or not 1 <= location_step <= 1000:
         raise ValueError(f"location_step={location_step} must be between 1 (all of Florence-2's bins) and 1000 (a single one).")
+    for label in labels:
+        if not label or not label.isascii() or "<" in label or "\n" in label or label != label.strip() or len(label) > LONGEST_LABEL:
+            raise ValueError(
+                f"Florence-2 cannot answer with the label {label!r:.80}: it must be ASCII, at most {LONGEST_LABEL} characters, without '<',"
+                " line breaks or space around it."
+            )
     bins = processor.post_processor.quantize(torch.tensor(boxes, dtype=torch.float32).view(-1, 4), size)
     bins = (bins // location_step * location_step + location_step // 2).clamp(max=999)
     # Sorted as written, not in pixels: the order is then a function of what the model can see in its own answer.
@@ -62,12 +72,12 @@ def parse_answer(tokens: Sequence[int], log_probs: Sequence[float], size: tuple[
     spoken = [at for at in range(end) if tokens[at] != tokenizer.bos_token_id and pieces[at] is not None]
     bins, labels, scores = [], [], []
     phrase: list[int] = []
-    for is_location, group in groupby(spoken, key=lambda at: pieces[at].startswith("<loc_")):
+    for is_location, group in groupby(spoken, key=lambda at: bool(re.fullmatch(r"<loc_\d{1,3}>", pieces[at]))):
         if not is_location:
             phrase = list(group)
             continue
         # No label holds a `<`; where one does, or is absent, the processor's pattern would take its start from inside the first location.
-        if not phrase or any("<" in pieces[at] for at in phrase):
+        if not phrase or any("<" in pieces[at] for at in phrase) or sum(len(pieces[at]) for at in phrase) > LONGEST_LABEL:
             continue
         locations = list(group)
         # In an image of 1000 x 1000 a coordinate is the number of its bin; in the real one it would be rounded to whole pixels.

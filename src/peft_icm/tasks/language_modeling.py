@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ..disk import safe_name
+from .fields import at_least, make_tasks, path_from_json, read_tasks_json, strings
+
+UNBOUNDED_WINDOW = 1024  # tokens that a model without a bound of its own reads at once, unless told
 DOCUMENT_SEPARATOR = "\n\x00\n"
 
 
@@ -25,9 +28,14 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         blocks (`Tensor`): `[N, block_size]`.
         blocks_per_epoch (`int`, *optional*): An epoch is so many blocks, drawn anew from all N with torch's global generator; by default
             it is each block once.
+
+    Raises:
+        `ValueError`: If `blocks_per_epoch` is less than 1.
     """
 
     def __init__(self, blocks: Tensor, blocks_per_epoch: int | None = None):
+        if blocks_per_epoch is not None:
+            at_least(1, blocks_per_epoch=blocks_per_epoch)
         self.blocks, self.blocks_per_epoch = blocks, blocks_per_epoch
 
     def __len__(self) -> int:
@@ -44,10 +52,13 @@ class LanguageModelingTask:
 
     Args:
         name (`str`): Short name, a valid file name.
-        descriptions (`list[str]`): Sentences that ask for it; the first is the canonical one.
+        descriptions (`list[str]`): Sentences that ask for it; the first is the canonical one. Here as below one string is a list of one.
         train_texts (`list[str]`): Documents to train on.
         test_texts (`list[str]`): Held-out documents.
         unseen_descriptions (`list[str]`): Sentences that ask for it and that no generator is trained on; for evaluation.
+
+    Raises:
+        `ValueError`: If the name is no file name ([`safe_name`]), or something else is no list of strings, or a description is blank.
 
     Example:
 
@@ -65,20 +76,27 @@ class LanguageModelingTask:
     test_texts: list[str]
     unseen_descriptions: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        safe_name(self.name, "task")
+        for name in ("descriptions", "unseen_descriptions", "train_texts", "test_texts"):
+            value = strings(getattr(self, name), f"{name} of task {self.name!r}", blank=name.endswith("texts"))
+            setattr(self, name, value)
+
     def train_dataset(self, tokenizer: Any, block_size: int = 256, blocks_per_epoch: int | None = None) -> TokenBlocks:
         """Pack the training documents, each between BOS and EOS where the tokenizer has them, into blocks.
 
         Args:
             tokenizer (`PreTrainedTokenizerBase`): Of the base model.
-            block_size (`int`, defaults to 256): Tokens in a block; the short tail is dropped.
+            block_size (`int`, defaults to 256): Tokens in a block, at least two; the short tail is dropped.
             blocks_per_epoch (`int`, *optional*): Blocks in an epoch, drawn anew from the whole text in each; by default each block once.
 
         Returns:
             [`TokenBlocks`]
 
         Raises:
-            `ValueError`: If the texts do not fill one block.
+            `ValueError`: If the texts do not fill one block, or a number is too small.
         """
+        at_least(2, block_size=block_size)  # a token is predicted from those before it
         start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         ids: list[int] = []
@@ -94,7 +112,8 @@ def load_tasks(folder: str | Path) -> list[LanguageModelingTask]:
     r"""Read the tasks of a folder.
 
     `tasks.json` holds `{"tasks": [{"name", "descriptions", "unseen_descriptions", "train", "test"}]}`, where train and test name text
-    files (or null) whose documents are separated by a line with a NUL character; `unseen_descriptions` may be left out.
+    files (or null) whose documents are separated by a line with a NUL character; blank documents are left out, and so may
+    `unseen_descriptions` be. Names of files are relative to the folder and stay inside it, or absolute.
 
     Args:
         folder (`str` or `Path`): The folder.
@@ -103,27 +122,29 @@ def load_tasks(folder: str | Path) -> list[LanguageModelingTask]:
         `list[LanguageModelingTask]`
 
     Raises:
-        `ValueError`: If there is no readable `tasks.json`, or it names a file that is not there.
+        `ValueError`: If there is no readable `tasks.json`, it names a file that is not there, is no UTF-8 or lies outside, or a field is of
+            another type; the message names file, task and field.
     """
-    root = Path(folder)
-    try:
-        entries = [
-            (entry["name"], entry["descriptions"], entry.get("train"), entry.get("test"), entry.get("unseen_descriptions", []))
-            for entry in json.loads((root / "tasks.json").read_text(encoding="utf-8"))["tasks"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{root} needs a tasks.json of the form {{"tasks": [{{"name", "descriptions", ...}}]}} ({error!r}).') from error
+    document = read_tasks_json(folder, '{"tasks": [{"name", "descriptions", "train", "test"}]}')
 
-    def read(name: str | None) -> list[str]:
+    def read(entry: dict[str, Any], split: str) -> list[str]:
+        name = entry.get(split)
         if name is None:
             return []
-        if not (root / name).is_file():
-            raise ValueError(f"{root / 'tasks.json'} names {name}, which is not there.")
-        return (root / name).read_text(encoding="utf-8").split(DOCUMENT_SEPARATOR)
+        file = path_from_json(folder, name, split)
+        if not file.is_file():
+            raise ValueError(f"{split} names {name}, which is not there.")
+        try:
+            texts = file.read_text(encoding="utf-8").split(DOCUMENT_SEPARATOR)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{split} names {name}, which is no text in UTF-8 ({error}).") from error
+        return [text for text in texts if text.strip()]
 
-    return [
-        LanguageModelingTask(name, descriptions, read(train), read(test), unseen) for name, descriptions, train, test, unseen in entries
-    ]
+    def make(entry: dict[str, Any]) -> LanguageModelingTask:
+        unseen = entry.get("unseen_descriptions", [])
+        return LanguageModelingTask(entry["name"], entry["descriptions"], read(entry, "train"), read(entry, "test"), unseen)
+
+    return make_tasks(folder, document["tasks"], make)
 
 
 @dataclass
@@ -142,31 +163,47 @@ class NLL:
 
     @property
     def nats_per_token(self) -> float:
-        """Mean negative log-likelihood of a token."""
-        return self.nats / self.tokens
+        """Mean negative log-likelihood of a token; NaN of no tokens."""
+        return self.nats / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
-        """`exp(nats per token)`; depends on the tokenizer."""
-        return math.exp(self.nats_per_token)
+        """`exp(nats per token)`, infinite where that is beyond floats; depends on the tokenizer."""
+        return torch.tensor(self.nats_per_token, dtype=torch.float64).exp().item()
 
     @property
     def bits_per_character(self) -> float:
-        """`nats / ln 2 / characters`; does not depend on the tokenizer."""
-        return self.nats / math.log(2) / self.characters
+        """`nats / ln 2 / characters`; does not depend on the tokenizer; NaN of no characters."""
+        return self.nats / math.log(2) / self.characters if self.characters else math.nan
 
     def __add__(self, other: NLL) -> NLL:
         return NLL(self.nats + other.nats, self.tokens + other.tokens, self.characters + other.characters)
 
 
+def context_size(config: Any) -> int | None:
+    """Tokens that a model has positions for.
+
+    Args:
+        config (`PreTrainedConfig`): Of the model; of one that sees too, that of its language model is read.
+
+    Returns:
+        `int` or `None`: None where the config names no bound, as with ALiBi, relative positions and recurrence.
+    """
+    text = config.get_text_config()
+    bounds = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len", "context_length"))
+    return next((bound for bound in bounds if isinstance(bound, int) and bound > 0), None)
+
+
 def windows(length: int, size: int) -> Iterator[tuple[int, int, int]]:
     """Cut positions `1 .. length - 1` into windows of `size` tokens: `(start, end, first scored)`.
 
-    Each position is scored exactly once, with at least half a window of context where there is that much.
+    Each position is scored exactly once, with at least half a window of context where there is that much. A window is two tokens at least,
+    or `ValueError` is raised: one to read and one to score.
 
     >>> list(windows(10, 4))
     [(0, 4, 1), (2, 6, 4), (4, 8, 6), (6, 10, 8)]
     """
+    at_least(2, window=size)
     stride, scored, start = size // 2, 1, 0
     while scored < length:
         end = min(start + size, length)
@@ -192,8 +229,9 @@ def nll(
     Args:
         model (`PreTrainedModel` or `PeftModel`): A causal language model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        texts (`Sequence[str]`): Non-empty documents.
-        max_length (`int`, *optional*): Window in tokens; by default, and at most, the model's number of positions.
+        texts (`Sequence[str]`): Non-empty documents, at least one.
+        max_length (`int`, *optional*): Window in tokens, at least two; by default, and at most, the model's number of positions. Models
+            without a bound read 1024 tokens by default.
         batch_size (`int`, defaults to 16): Windows in a forward pass.
         progress (`bool`, defaults to `True`): Show a progress bar when there are more than 20 batches.
 
@@ -201,7 +239,8 @@ def nll(
         `list[NLL]`: One for each text; they add up.
 
     Raises:
-        `ValueError`: If a text is empty, or the tokenizer has neither BOS nor EOS.
+        `ValueError`: If there is no text, one is empty or makes no token, a number is too small, the tokenizer has neither BOS nor EOS or
+            is of another model, or the model is no causal language model.
     """
     totals = [0.0] * len(texts)
     sizes = [0] * len(texts)
@@ -242,30 +281,43 @@ def _score(
     model: Any, tokenizer: Any, texts: Sequence[str], max_length: int | None, batch_size: int, progress: bool
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Batches of windows, shortest first: the text of each row, logits `[B, T, V]`, and the next tokens `[B, T]` (-100: not scored)."""
-    if isinstance(texts, str) or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError("texts must be a list of non-empty strings.")
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError("texts must be a list of non-empty strings, at least one.")
+    at_least(1, batch_size=batch_size)
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise ValueError(f"{type(model).__name__} of {model.config.model_type} is no causal language model: it cannot score text.")
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise ValueError("The tokenizer has neither a BOS nor an EOS token to put before the first token of a text.")
-    limit = model.config.max_position_embeddings
-    size = min(max_length or limit, limit)
+    limit = context_size(model.config)
+    size = (limit or UNBOUNDED_WINDOW) if max_length is None else max_length
+    at_least(2, max_length=size)
+    size = min(size, limit or size)
     ids = [[start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]] for text in texts]
+    known = model.get_input_embeddings().num_embeddings
+    for text, own in zip(texts, ids, strict=True):
+        if len(own) == 1:
+            raise ValueError(f"texts: the tokenizer makes no token of {text!r:.80}: leave it out.")
+        if max(own) >= known:
+            raise ValueError(f"The tokenizer makes the token {max(own)}, the model only knows {known}: take the tokenizer of this model.")
     jobs = sorted(
         ((index, *window) for index, row in enumerate(ids) for window in windows(len(row), size)),
         key=lambda job: job[2] - job[1],
     )
+    batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     was_training = model.training
     model.eval()
-    batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-    for batch in tqdm(batches, desc="scoring", leave=False, disable=not progress or len(batches) <= 20):
-        width = max(end - begin for _, begin, end, _ in batch)
-        tokens = torch.full((len(batch), width), start)
-        mask, labels = torch.zeros_like(tokens), torch.full_like(tokens, -100)
-        for row, (index, begin, end, first) in enumerate(batch):
-            piece = torch.tensor(ids[index][begin:end])
-            tokens[row, : len(piece)], mask[row, : len(piece)] = piece, 1
-            labels[row, first - begin : len(piece)] = piece[first - begin :]
-        tokens, mask, labels = (tensor.to(model.device) for tensor in (tokens, mask, labels))
-        logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1].float()
-        yield [index for index, *_ in batch], logits, labels[:, 1:]
-    model.train(was_training)
+    try:
+        for batch in tqdm(batches, desc="scoring", leave=False, disable=not progress or len(batches) <= 20):
+            width = max(end - begin for _, begin, end, _ in batch)
+            tokens = torch.full((len(batch), width), start)
+            mask, labels = torch.zeros_like(tokens), torch.full_like(tokens, -100)
+            for row, (index, begin, end, first) in enumerate(batch):
+                piece = torch.tensor(ids[index][begin:end])
+                tokens[row, : len(piece)], mask[row, : len(piece)] = piece, 1
+                labels[row, first - begin : len(piece)] = piece[first - begin :]
+            tokens, mask, labels = (tensor.to(model.device) for tensor in (tokens, mask, labels))
+            logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1].float()
+            yield [index for index, *_ in batch], logits, labels[:, 1:]
+    finally:
+        model.train(was_training)

@@ -4,6 +4,7 @@ import datasets
 import evaluate
 
 from peft_icm.adapters.fidelity import compare_adapters
+from peft_icm.tasks.fields import strings
 
 _DESCRIPTION = """
 Relative error ||dW - dW_ref||_F / ||dW_ref||_F and cosine <dW, dW_ref>_F / (||dW||_F ||dW_ref||_F) of pairs of PEFT LoRA adapters, over all
@@ -29,7 +30,14 @@ class AdapterFidelity(evaluate.Metric):
         features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
         return evaluate.MetricInfo(description=_DESCRIPTION, citation="", inputs_description=_KWARGS, features=features)
 
+    def add_batch(self, *, predictions=None, references=None, **kwargs):
+        """Add several pairs; a single name is a list of one, not of its letters."""
+        named = {"predictions": strings(predictions, "predictions"), "references": strings(references, "references")}
+        super().add_batch(**named, **kwargs)
+
     def _compute(self, predictions, references):
+        if not predictions:
+            raise ValueError("predictions and references name no adapters: give one pair at least.")
         pairs = [compare_adapters(prediction, reference) for prediction, reference in zip(predictions, references, strict=True)]
         errors, cosines = ([pair[name] for pair in pairs] for name in ("relative_error", "cosine"))
         return {

@@ -1,9 +1,12 @@
 """COCO's mean average precision of detections."""
 
+from collections.abc import Mapping
+
 import datasets
 import evaluate
 
 from peft_icm.tasks.average_precision import mean_average_precision
+from peft_icm.tasks.fields import strings
 
 _DESCRIPTION = """
 Mean average precision over the IoU thresholds 0.50 to 0.95, for all classes and for each, computed by pycocotools' COCOeval.
@@ -23,6 +26,13 @@ Returns:
 _OPTIONAL = {"iscrowd": None, "area": None}
 
 
+def _one(image):
+    """An image's dict; a label alone is a list of one, not of its letters."""
+    if not isinstance(image, Mapping) or "labels" not in image:
+        raise ValueError(f"predictions and references must be lists of dicts with boxes and labels; found {image!r:.80}.")
+    return {**image, "labels": strings(image["labels"], "labels")}
+
+
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS)
 class MeanAveragePrecision(evaluate.Metric):
     """See `_DESCRIPTION`."""
@@ -37,11 +47,12 @@ class MeanAveragePrecision(evaluate.Metric):
 
     def add(self, *, prediction=None, reference=None, **kwargs):
         """Add one image."""
-        super().add(prediction=prediction, reference={**_OPTIONAL, **reference}, **kwargs)
+        super().add(prediction=_one(prediction), reference={**_OPTIONAL, **_one(reference)}, **kwargs)
 
     def add_batch(self, *, predictions=None, references=None, **kwargs):
         """Add several images."""
-        super().add_batch(predictions=predictions, references=[{**_OPTIONAL, **reference} for reference in references], **kwargs)
+        references = [{**_OPTIONAL, **_one(reference)} for reference in references]
+        super().add_batch(predictions=[_one(prediction) for prediction in predictions], references=references, **kwargs)
 
     def _compute(self, predictions, references, labels=None):
         return mean_average_precision(predictions, references, labels)

@@ -1,10 +1,9 @@
 """Perplexity of a causal language model, with or without an adapter, on raw texts."""
 
-import math
-
 import datasets
 import evaluate
 
+from peft_icm.tasks.fields import strings
 from peft_icm.tasks.language_modeling import NLL, nll
 
 _DESCRIPTION = """
@@ -32,7 +31,11 @@ class Perplexity(evaluate.Metric):
         features = datasets.Features({"predictions": datasets.Value("string")})
         return evaluate.MetricInfo(description=_DESCRIPTION, citation="", inputs_description=_KWARGS, features=features)
 
+    def add_batch(self, *, predictions=None, references=None, **kwargs):
+        """Add several texts; a single one is a list of one, not of its letters."""
+        super().add_batch(predictions=strings(predictions, "predictions", blank=True), references=references, **kwargs)
+
     def _compute(self, predictions, model, tokenizer, max_length=None, batch_size=16):
         scores = nll(model, tokenizer, predictions, max_length=max_length, batch_size=batch_size)
         total = sum(scores, NLL(0.0, 0, 0))
-        return {"perplexity": total.perplexity, "perplexities": [math.exp(score.nats_per_token) for score in scores]}
+        return {"perplexity": total.perplexity, "perplexities": [score.perplexity for score in scores]}
