@@ -1,35 +1,51 @@
-"""Hugging Face Hub: find a folder, fill a card from hub_cards/, push both in one commit."""
+"""Hugging Face Hub: find a folder, push a folder and its card in one commit, and leave behind what is not meant for others."""
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
+import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, ModelCard, snapshot_download
+import yaml
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+
+from ..disk import safe_name
 
 BASE_FOLDER = "base_model"
-
-
 CARD = "README.md"
-
-
 REPORT = "memorisation.json"
-
-
 MARK = re.compile(r"\n<!-- written by peft_icm, sha256 ([0-9a-f]{64}) -->\n*$")
+
+# What a base model is made of beside its weights, which are those that transformers would load.
+_BASE_FILES = (
+    "config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "preprocessor_config.json", "processor_config.json", "image_processor_config.json", "video_preprocessor_config.json",
+    "chat_template*", "README.md", "LICENSE*",
+)  # fmt: skip
+_ANSWERS = {
+    401: "the access token is missing or wrong: pass token=, or log in with `hf auth login`",
+    403: "this access token has no right to it",
+    404: "there is no such file",
+    429: "too many requests: wait a while, or pass token=",
+}
 
 
 # ---------------------------------------------------------------------- pull
@@ -51,38 +67,66 @@ def resolve(
         token (`str` or `bool`, *optional*): Access token; by default the stored one.
         cache_dir (`str` or `Path`, *optional*): Cache; by default that of huggingface_hub.
         local_files_only (`bool`, defaults to `False`): Look only in the cache.
-        allow_patterns (`Sequence[str]`, *optional*): Download only these files.
+        allow_patterns (`Sequence[str]`, *optional*): Download only these files; at least one is there then.
         repo_type (`str`, defaults to `"model"`): `"model"` or `"dataset"`.
 
     Returns:
         `Path`
 
     Raises:
-        `OSError`: If there is no such folder, repo or revision, or the Hub cannot be reached; with what to do.
+        `OSError`: One line, with what to do: no such folder, repo, revision or file; no right to read it; the Hub does not answer, or
+            answers with an error; the disk is full.
     """
     if os.path.isdir(name):
         return Path(name)
+    repo_id, patterns = str(name), list(allow_patterns) if allow_patterns else None
     try:
-        path = snapshot_download(
-            str(name),
-            repo_type=repo_type,
-            revision=revision,
-            token=token,
-            cache_dir=Path(cache_dir) if cache_dir else None,
-            local_files_only=local_files_only,
-            allow_patterns=list(allow_patterns) if allow_patterns else None,
+        path = Path(
+            snapshot_download(
+                repo_id,
+                repo_type=repo_type,
+                revision=revision,
+                token=token,
+                cache_dir=Path(cache_dir) if cache_dir else None,
+                local_files_only=local_files_only,
+                allow_patterns=patterns,
+            )
         )
-    except HFValidationError as error:
-        raise OSError(f"{str(name)!r} is neither an existing folder nor the id of a Hub repo ('org/name').") from error
-    except RevisionNotFoundError as error:
-        raise OSError(f"{name} has no revision {revision!r}: pass a branch, a tag or a commit that exists.") from error
-    except LocalEntryNotFoundError as error:
-        raise OSError(f"{name} is not in the local cache, and the Hub was not asked or did not answer: check the connection.") from error
-    except RepositoryNotFoundError as error:
-        raise OSError(
-            f"{name} is neither a folder nor a {repo_type} repo that you may read: check the spelling, or pass token=."
-        ) from error
-    return Path(path)
+        there = [file.relative_to(path).as_posix() for file in path.rglob("*")]
+        if patterns and not any(filter_repo_objects(there, allow_patterns=patterns)):
+            # huggingface_hub takes a folder of its cache for the whole repo where the Hub's list of files cannot be had: ask why.
+            if not local_files_only:
+                HfApi(token=token).list_repo_files(repo_id, revision=revision, repo_type=repo_type)
+            raise EntryNotFoundError(f"no file {' or '.join(patterns)}")
+    except (OSError, HTTPError, HFValidationError, EntryNotFoundError) as error:
+        raise OSError(_reason(error, repo_id, revision, repo_type)) from error
+    return path
+
+
+def _reason(error: BaseException, name: str, revision: str | None, repo_type: str) -> str:
+    """Why a repo could not be read, in one line."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HTTPError):
+        error = error.__cause__
+    match error:
+        case HFValidationError():
+            return f"{name!r} is neither an existing folder nor the id of a Hub repo ('org/name')."
+        case RevisionNotFoundError():
+            return f"{name} has no revision {revision!r}: pass a branch, a tag or a commit that exists."
+        case GatedRepoError():
+            return f"{name} is gated: ask for access on its page of the Hub, and pass the token= of an account that has it."
+        case RepositoryNotFoundError():
+            return f"{name} is neither a folder nor a {repo_type} repo that you may read: check the spelling, or pass token=."
+        case LocalEntryNotFoundError():
+            return f"{name} is not in the local cache, or not whole, and the Hub was not asked or did not answer: check the connection."
+        case HfHubHTTPError():
+            status = error.response.status_code
+            answer = _ANSWERS.get(status, "try again later" if status >= 500 else " ".join(str(error).split()))
+            return f"{name} could not be read, the Hub answered {status}: {answer}."
+        case HTTPError():
+            return f"{name} could not be read, the Hub did not answer ({type(error).__name__}): check the connection."
+        case EntryNotFoundError():
+            return f"{name} has {error}: is it what was meant?"
+    return f"{name} could not be downloaded: {' '.join(str(error).split())}"
 
 
 # ---------------------------------------------------------------------- push
@@ -91,22 +135,30 @@ def push_folder(
     repo_id: str,
     *,
     card: Callable[[Path], ModelCard],
+    source: str | os.PathLike[str] | None = None,
     repo_type: str = "model",
     commit_message: str | None = None,
+    commit_description: str | None = None,
+    tags: Sequence[str] | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
     overwrite_card: bool = False,
 ) -> CommitInfo:
-    """Write a folder, add its card, and upload both in one commit.
+    """Write a folder, add its card, check both, and upload them in one commit; only then is a repo made where there is none.
+
+    A card that a person has edited is kept: that of `source` goes along as it is, else that of the Hub stays.
 
     Args:
         write (`Callable[[Path], Any]`): Writes the files into an empty folder.
         repo_id (`str`): `"org/name"`; created where it does not exist.
         card (`Callable[[Path], ModelCard]`): Makes the card of the written folder.
+        source (`str` or `Path`, *optional*): The local folder that all this was loaded from, if any.
         repo_type (`str`, defaults to `"model"`): `"model"` or `"dataset"`.
         commit_message (`str`, *optional*): Message of the commit.
+        commit_description (`str`, *optional*): What stands below the message.
+        tags (`Sequence[str]`, *optional*): More tags for the card that is made here.
         private (`bool`, *optional*): Create a private repo.
         token (`str` or `bool`, *optional*): Access token.
         revision (`str`, *optional*): Branch; created where it does not exist.
@@ -117,45 +169,227 @@ def push_folder(
         `huggingface_hub.CommitInfo`
 
     Raises:
+        `ValueError`: If a file names a folder of this machine, or `repo_id` cannot be one. Nothing is on the Hub then.
         `huggingface_hub.errors.HfHubHTTPError`: If the Hub refuses: no token, no right to write, a failed upload. Nothing is committed
             then.
+        `OSError`: If the Hub does not answer.
     """
+    validate_repo_id(repo_id)
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
-    if revision and not create_pr:
-        api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write(folder)
-        if overwrite_card or not _edited_by_hand(api, repo_id, repo_type, revision):
-            text = str(card(folder)).rstrip("\n") + "\n"
-            mark = f"\n<!-- written by peft_icm, sha256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
-            (folder / CARD).write_text(text + mark, encoding="utf-8", newline="\n")
-        else:
-            (folder / CARD).unlink(missing_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id,
-            repo_type=repo_type,
-            folder_path=folder,
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        own = _card_by_hand(source)
+        if own is None:
+            made = card(folder)
+            made.data["tags"] = list(dict.fromkeys([*(made.data.get("tags") or []), *(tags or [])])) or None
+        (folder / CARD).write_text(marked(str(made)) if own is None else own, encoding="utf-8", newline="\n")
+        _check_no_local_paths(folder, by_hand=own is not None)
+        try:
+            repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+            if revision and not create_pr:
+                api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+            if own is None and not overwrite_card and _edited_on_the_hub(api, repo_id, repo_type, revision):
+                (folder / CARD).unlink()
+            return api.upload_folder(
+                repo_id=repo_id,
+                repo_type=repo_type,
+                folder_path=folder,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+        except HTTPError as error:
+            if isinstance(error, OSError):
+                raise
+            raise OSError(f"{repo_id} was not pushed, the Hub did not answer ({type(error).__name__}): check the connection.") from error
 
 
-def _edited_by_hand(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> bool:
-    """Whether the repo has a card that does not carry the hash of its own text."""
+def _edited_on_the_hub(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             file = api.hf_hub_download(repo_id, CARD, repo_type=repo_type, revision=revision, local_dir=scratch)
         except EntryNotFoundError:
             return False
-        text = Path(file).read_bytes().decode()
+        return edited_by_hand(Path(file).read_text(encoding="utf-8", errors="replace"))
+
+
+# ---------------------------------------------------------------------- cards that people edit
+def marked(text: str) -> str:
+    """A card with the hash of its own text at its end, by which [`edited_by_hand`] knows it.
+
+    Args:
+        text (`str`): A card, front matter and all.
+
+    Returns:
+        `str`
+    """
+    text = text.rstrip("\n") + "\n"
+    return f"{text}\n<!-- written by peft_icm, sha256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def edited_by_hand(text: str) -> bool:
+    """Whether a person has had a hand in a card: neither does it carry the hash of its own text, nor is it peft's empty form.
+
+    Args:
+        text (`str`): A card, front matter and all.
+
+    Returns:
+        `bool`
+    """
+    text = text.replace("\r\n", "\n")
     mark = MARK.search(text)
-    return mark is None or hashlib.sha256(text[: mark.start()].encode()).hexdigest() != mark.group(1)
+    if mark:
+        return hashlib.sha256(text[: mark.start()].encode()).hexdigest() != mark.group(1)
+    return _plain(text) != _plain(str(ModelCard.from_template(ModelCardData())))
 
 
-def copy_base(base: str | os.PathLike[str], folder: Path) -> None:
-    """Copy a base model's folder into `base_model/` of `folder`; checkpoints and pickles stay behind."""
-    ignored = shutil.ignore_patterns(".*", "checkpoint-*", "*.bin", "*.pt", "*.pth", "*.pkl")
-    shutil.copytree(base, folder / BASE_FOLDER, dirs_exist_ok=True, ignore=ignored)
+def _plain(text: str) -> str:
+    """A card's words, without front matter and the versions that peft adds to its form."""
+    body = re.sub(r"\A\s*---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    return " ".join(re.sub(r"(?:### )?Framework versions\s+- PEFT \S+", "", body).split())
+
+
+def _card_by_hand(source: str | os.PathLike[str] | None) -> str | None:
+    """The card of a local folder if a person wrote it; a folder of this machine in its front matter, as peft writes it, by name."""
+    file = Path(source or "") / CARD
+    if source is None or not file.is_file():
+        return None
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if not edited_by_hand(text):
+        return None
+    try:
+        base = ModelCard(text, ignore_metadata_errors=True).data.get("base_model")
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{file}: its front matter, between two lines of ---, is no YAML: {' '.join(str(error).split())}") from error
+    return text.replace(base, published(base)) if isinstance(base, str) and base != published(base) else text
+
+
+# ---------------------------------------------------------------------- what is not meant for others
+def published(value: Any) -> Any:
+    """What may be told to others of a value: a folder or file of this machine becomes its name, the cache's folder of a repo its id.
+
+    Args:
+        value (`Any`): A string, or what JSON can hold.
+
+    Returns:
+        `Any`: A copy of `value`.
+
+    Example:
+
+    ```python
+    >>> published({"base_model": "/home/ada/models/llama", "encoder": "org/clip", "epochs": 3})
+    {'base_model': 'llama', 'encoder': 'org/clip', 'epochs': 3}
+
+    ```
+    """
+    if isinstance(value, dict):
+        return {key: published(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [published(item) for item in value]
+    return _last_part(value) if isinstance(value, str) and is_local(value) else value
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is that of a file or folder of a machine, this one or another, rather than of a Hub repo.
+
+    Args:
+        name (`str`): The name.
+
+    Returns:
+        `bool`
+    """
+    if not _last_part(name):
+        return False
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or name.startswith(("~/", "./", "../", "file:/")):
+        return os.path.exists(name) or not re.search(r"\s", name)  # a sentence may begin with a slash
+    return "/" in name.replace(os.sep, "/") and os.path.exists(name)
+
+
+def _last_part(path: str) -> str:
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/[0-9a-f]{40}/?$", path)
+    if cached:
+        return "/".join(cached.groups())
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+
+
+def _check_no_local_paths(folder: Path, by_hand: bool) -> None:
+    """Refuse a file that names a path below the home, the working or the temporary folder; a card by hand is its author's word."""
+    homes = {Path(home) for home in (os.path.expanduser("~"), os.getcwd(), tempfile.gettempdir())}
+    homes |= {home.resolve() for home in homes}
+    names = "|".join(re.escape(str(home)) for home in homes if home.is_absolute() and home != home.parent)
+    private = re.compile(rf"(?<![\w./-])(?:{names})/[^\s\"'`|)>]+")
+    files = [file for file in sorted(folder.rglob("*.json")) if not file.name.startswith(("tokenizer.", "vocab"))]
+    for file in files + [folder / CARD] * (not by_hand):
+        found = private.search(file.read_text(encoding="utf-8", errors="replace"))
+        if found:
+            raise ValueError(
+                f"{file.relative_to(folder)} names {found.group()}, a path of this machine: take it out first. Nothing was pushed."
+            )
+
+
+def copy_base(base: str | os.PathLike[str], folder: Path, subfolder: str = BASE_FOLDER) -> None:
+    """Copy what makes a base model, and nothing else of its folder: config, tokenizer, processor, licence, and safetensors weights.
+
+    Args:
+        base (`str` or `Path`): The folder of the base model.
+        folder (`Path`): Where to.
+        subfolder (`str`, defaults to `"base_model"`): Inside of it; `""` for `folder` itself, which has a card of its own.
+
+    Raises:
+        `ValueError`: If `base` is no folder of a model in safetensors, or a file of it is a link to another place; nothing has been copied
+            then.
+    """
+    source, target = Path(base), folder / subfolder
+    files = _weights(source)
+    for name in sorted(os.listdir(source)):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in _BASE_FILES) and (source / name).is_file():
+            files.append(name)
+    files = [name for name in dict.fromkeys(files) if subfolder or name != CARD]
+    # The files of huggingface_hub's cache are links to its blobs; no other link is followed.
+    root = next((parent.parent / "blobs" for parent in source.resolve().parents if parent.name == "snapshots"), source.resolve())
+    for name in files:
+        file = source / name
+        if file.is_symlink() and file.resolve().parent != root:
+            raise ValueError(f"{file} is a link to {file.resolve()}: a base model is pushed only with files of its own. Copy it there.")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in files:
+        shutil.copyfile(source / name, target / name)
+    for file in target.glob("*.json"):
+        if file.name in files and not file.name.startswith(("tokenizer.", "vocab")):
+            text = file.read_text(encoding="utf-8")
+            config = json.loads(text, object_hook=_without_paths)
+            if config != json.loads(text):
+                file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _weights(base: Path) -> list[str]:
+    """Names of the weight files that transformers loads from a folder, and of their index."""
+    try:
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ValueError(f"{base} is no base model: it has no config.json with a model_type. Nothing of it is pushed.")
+    if (base / "adapter_config.json").exists():
+        raise ValueError(f"{base} holds an adapter beside its model: merge it and save the model first.")
+    if (base / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    index = base / "model.safetensors.index.json"
+    if not index.is_file():
+        raise ValueError(f"{base} has no model.safetensors: load it and save_pretrained it again, only safetensors are pushed.")
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        shards = sorted({safe_name(name, "weight file") for name in names})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of weights ({error}): save the base model again.") from error
+    missing = [name for name in shards if not name.endswith(".safetensors") or not (base / name).is_file()]
+    if missing:
+        raise ValueError(f"{base} lacks {missing[0]}, which its {index.name} names: save the base model again.")
+    return [index.name, *shards]
+
+
+def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config in which transformers notes where a file came from; no other string is taken for a path."""
+    return {key: published(item) if key.endswith(("name_or_path", "_file")) else item for key, item in config.items()}
