@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..conditioning import Picture, TaskEncoder, open_images
 from ..hub.cards import collection_card
-from ..hub.files import push_folder, resolve
+from ..hub.files import published, push_folder, resolve
 from .gauge import canonicalize
 from .layout import AdapterLayout, KeyMap, map_keys
 
@@ -49,6 +49,7 @@ class AdapterCollection:
     task_vectors: dict[str, Tensor] = field(default_factory=dict)
     encoder: dict[str, Any] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    _source: str | None = field(default=None, init=False, repr=False, compare=False)  # where it was loaded from: its card goes along
 
     def __post_init__(self) -> None:
         """Check every tensor."""
@@ -229,39 +230,55 @@ class AdapterCollection:
             if "task_vectors" in tensors:
                 vectors[name] = tensors["task_vectors"]
         layout = AdapterLayout.from_dict(manifest["layout"])
-        return cls(layout, snapshots, texts, vectors, manifest["encoder"], manifest["metadata"])
+        collection = cls(layout, snapshots, texts, vectors, manifest["encoder"], manifest["metadata"])
+        collection._source = str(folder)
+        return collection
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
         commit_message: str = "Upload AdapterCollection",
+        commit_description: str | None = None,
+        tags: Sequence[str] | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        overwrite_card: bool = False,
     ) -> CommitInfo:
-        """Push the collection as a data set repo, in one commit, with a card.
+        """Push the collection as a data set repo, in one commit, with a card; what names a folder of this machine is left out.
+
+        A card of the folder that it was loaded from is pushed as it is, if a person has edited it.
 
         Args:
             repo_id (`str`): `"org/name"`; created where it does not exist.
             commit_message (`str`, defaults to `"Upload AdapterCollection"`): Message of the commit.
+            commit_description (`str`, *optional*): What stands below the message.
+            tags (`Sequence[str]`, *optional*): More tags for the card.
             private (`bool`, *optional*): Create a private repo.
             token (`str` or `bool`, *optional*): Access token.
             revision (`str`, *optional*): Branch.
             create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
+            overwrite_card (`bool`, defaults to `False`): Replace a card that was edited by hand on the Hub.
 
         Returns:
             `huggingface_hub.CommitInfo`: Of the one commit.
         """
+        layout = replace(self.layout, base_model_name_or_path=published(self.layout.base_model_name_or_path))
+        told = replace(self, layout=layout, encoder=published(self.encoder), metadata=published(self.metadata))
         return push_folder(
-            self._write,
+            told._write,
             repo_id,
             card=lambda folder: collection_card(json.loads((folder / MANIFEST).read_text(encoding="utf-8")), repo_id=repo_id),
+            source=self._source,
             repo_type="dataset",
             commit_message=commit_message,
+            commit_description=commit_description,
+            tags=tags,
             private=private,
             token=token,
             revision=revision,
             create_pr=create_pr,
+            overwrite_card=overwrite_card,
         )
