@@ -1,11 +1,8 @@
-"""Florence-2 detection: data as the Hub and COCO have it, one-class tasks, scores that are probabilities."""
+"""Florence-2 detection: one-class tasks, scores that are probabilities."""
 
-import json
 import math
-import pickle
 import warnings
 
-import datasets
 import PIL.Image
 import PIL.ImageDraw
 import pytest
@@ -15,7 +12,7 @@ from tiny import FLORENCE_TARGETS, florence, florence_processor, florence_reader
 from transformers import AutoProcessor, GenerationConfig
 
 from peft_icm import CollectingArguments, collect
-from peft_icm.tasks.annotated_images import AnnotatedImage, from_dataset, load_coco
+from peft_icm.tasks.annotated_images import AnnotatedImage
 from peft_icm.tasks.detection import DetectionExamples, DetectionTask, detect, detection_tasks
 
 COLOURS = {"couch": "red", "dog": "blue"}
@@ -54,136 +51,6 @@ def answers(dataset):
     ]
 
 
-@pytest.fixture
-def coco(tmp_path):
-    """(document, save): a COCO file of two images, one of them in a sub-folder."""
-    (tmp_path / "val").mkdir()
-    picture().save(tmp_path / "a.jpg")
-    picture(size=(30, 20)).save(tmp_path / "val" / "b.png")
-    document = {
-        "info": {"year": 2017},
-        "images": [
-            {"id": 7, "file_name": "a.jpg", "width": 80, "height": 40},
-            {"id": 9, "file_name": "val/b.png", "width": 30, "height": 20},
-        ],
-        "categories": [{"id": 63, "name": "couch", "supercategory": "furniture"}, {"id": 18, "name": "dog"}],
-        "annotations": [
-            {"id": 1, "image_id": 7, "category_id": 63, "bbox": [10, 5.5, 20, 10], "iscrowd": 0, "area": 150, "segmentation": []},
-            {"id": 2, "image_id": 7, "category_id": 18, "bbox": [0, 0, 5, 5], "iscrowd": 1, "area": 20},
-            {"id": 3, "image_id": 7, "category_id": 18, "bbox": [70, 30, 10, 10], "iscrowd": 0, "area": 80},
-        ],
-    }
-
-    def save():
-        (tmp_path / "instances.json").write_text(json.dumps(document))
-        return tmp_path / "instances.json", tmp_path
-
-    return document, save
-
-
-class TestAnnotatedImage:
-    def test_a_file_and_a_picture_load_as_rgb(self, tmp_path):
-        PIL.Image.new("L", (30, 20), 7).save(tmp_path / "grey.png")
-        for image in (str(tmp_path / "grey.png"), PIL.Image.open(tmp_path / "grey.png")):
-            annotated_image = AnnotatedImage(image)
-            assert annotated_image.size == (30, 20) and annotated_image.load().getpixel((0, 0)) == (7, 7, 7)
-
-    @pytest.mark.parametrize("ending", ["png", "jpg"])
-    def test_what_is_no_picture_is_named(self, tmp_path, ending):
-        file = tmp_path / f"broken.{ending}"
-        PIL.Image.effect_noise((64, 64), 50).save(file)
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        with pytest.raises(ValueError, match=rf"broken\.{ending} is no picture"):
-            AnnotatedImage(str(file)).load()
-        file.write_text("a text")
-        with pytest.raises(ValueError, match=rf"broken\.{ending} is no picture"):
-            _ = AnnotatedImage(str(file)).size
-
-    def test_tasks_can_be_sent_to_workers(self):
-        again = pickle.loads(pickle.dumps(task()))
-        assert again.train_images[0].boxes == IMAGES[0].boxes and again.train_images[0].load().tobytes() == IMAGES[0].load().tobytes()
-
-
-class TestCoco:
-    def test_boxes_are_xyxy_and_crowds_are_left_out(self, coco):
-        first, second = load_coco(*coco[1]())
-        assert first.boxes == [[10, 5.5, 30, 15.5], [70, 30, 80, 40]] and first.labels == ["couch", "dog"]
-        assert second.boxes == [] and second.load().size == (30, 20)
-
-    @pytest.mark.parametrize(
-        ("bbox", "expected"),
-        [
-            ([-0.5, 0, 20, 40.9], [0, 0, 19.5, 40]),
-            ([70.03, 3, 10.4, 5], [70.03, 3, 80, 8]),
-            ([9.98, 18.56, 15.52, 0.0], [9.98, 18.56, 25.5, 18.56]),
-        ],
-    )
-    def test_rounding_as_in_real_coco_is_clipped(self, coco, bbox, expected):
-        document, save = coco
-        document["annotations"][0]["bbox"] = bbox
-        assert load_coco(*save())[0].boxes[0] == pytest.approx(expected)
-
-    @pytest.mark.parametrize(
-        "bbox", [[10, 5, 0, 0], [10, 5, -3, 5], [70, 30, 12, 5], [-2, 0, 10, 10], [200, 5, 10, 10], [math.nan, 0, 5, 5]]
-    )
-    def test_a_box_that_is_empty_or_outside_is_named_with_its_image(self, coco, bbox):
-        document, save = coco
-        document["annotations"][0]["bbox"] = bbox
-        with pytest.raises(ValueError, match=r"a\.jpg: the box \[.*is empty or outside its image of 80 x 40 pixels"):
-            load_coco(*save())
-
-    @pytest.mark.parametrize("content", [None, "{", "[]", '{"images": []}', '{"images": [], "categories": [], "annotations": [{"id": 1}]}'])
-    def test_what_is_no_coco_file_is_named(self, tmp_path, content):
-        if content is not None:
-            (tmp_path / "captions.json").write_text(content)
-        with pytest.raises(ValueError, match=r"captions\.json is no COCO instances file"):
-            load_coco(tmp_path / "captions.json", tmp_path)
-
-    def test_missing_images_are_counted(self, coco):
-        document, save = coco
-        document["images"].append({"id": 10, "file_name": "c.jpg", "width": 1, "height": 1})
-        annotations, folder = save()
-        (folder / "a.jpg").unlink()
-        with pytest.raises(ValueError, match=r"2 of the 3 images of .*instances\.json are not in .*, the first is a\.jpg"):
-            load_coco(annotations, folder)
-
-    @pytest.mark.parametrize("key", ["image_id", "category_id"])
-    def test_unknown_ids_are_named(self, coco, key):
-        document, save = coco
-        document["annotations"][2][key] = 1000
-        with pytest.raises(ValueError, match=f"an annotation of {key} 1000, which the file does not define"):
-            load_coco(*save())
-
-
-class TestHubDataset:
-    def dataset(self, category, values):
-        features = {
-            "image": datasets.Image(),
-            "objects": {
-                "bbox": datasets.Sequence(datasets.Sequence(datasets.Value("float32"), length=4)),
-                "category": datasets.Sequence(category),
-            },
-        }
-        rows = {"image": [picture(), picture()], "objects": [{"bbox": [[10, 5, 20, 10]], "category": values}, {"bbox": [], "category": []}]}
-        return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
-
-    @pytest.mark.parametrize(
-        ("category", "value"),
-        [(datasets.ClassLabel(names=["dog", "couch"]), 1), (datasets.Value("string"), "couch")],
-        ids=["ClassLabel", "string"],
-    )
-    def test_the_usual_columns(self, category, value):
-        first, second = from_dataset(self.dataset(category, [value]))
-        assert first.boxes == [[10, 5, 30, 15]] and first.labels == ["couch"] and first.load().size == (80, 40)
-        assert second.boxes == [] and second.labels == []
-
-    def test_other_columns_and_numbers_without_names_are_refused(self):
-        unnamed = self.dataset(datasets.Value("int64"), [1])
-        for wrong in (unnamed, unnamed.remove_columns("objects"), unnamed.rename_column("image", "img")):
-            with pytest.raises(ValueError, match="needs the columns image and objects"):
-                from_dataset(wrong)
-
-
 class TestTrainDataset:
     def test_only_the_class_is_answered(self):
         assert answers(task().train_dataset(florence_processor())) == [
@@ -217,6 +84,15 @@ class TestTrainDataset:
         first = answers(DetectionExamples(IMAGES, florence_processor()))[0]
         assert first.startswith("<s>dog<loc_0>") and first.count("couch") == 2
 
+    @pytest.mark.parametrize(
+        ("name", "value"), [("images_per_epoch", 0), ("images_per_epoch", -1), ("negatives", -1), ("negatives", math.nan)]
+    )
+    def test_numbers_out_of_range_are_named(self, name, value):
+        with pytest.raises(ValueError, match=f"{name}={value} must be"):
+            task().train_dataset(florence_processor(), **{name: value})
+        with pytest.raises(ValueError, match="no images to learn from"):
+            DetectionExamples([], florence_processor())
+
     def test_a_class_with_no_examples_is_refused(self):
         with pytest.raises(ValueError, match="'sofa' is a class with no examples: none of its 4 training images has a 'sofa'"):
             task(label="sofa").train_dataset(florence_processor())
@@ -228,6 +104,11 @@ class TestTasks:
         sofa, dog = detection_tasks(IMAGES, IMAGES, {"sofa": "couch", "dog": "dog"}, sentences, {"dog": ["find each puppy"]})
         assert (sofa.name, sofa.label, sofa.descriptions, sofa.unseen_descriptions) == ("sofa", "couch", ["detect sofas"], [])
         assert dog.unseen_descriptions == ["find each puppy"] and dog.train_images is IMAGES
+
+    @pytest.mark.parametrize("name", ["..", "a/b", "", None, 7, "x" * 300, "a\n"])
+    def test_a_name_is_a_file_name(self, name):
+        with pytest.raises(ValueError, match="task name .* must be a plain file name"):
+            task(name=name)
 
     def test_classes_without_examples_and_tasks_without_sentences_are_named(self):
         with pytest.raises(ValueError, match=r"sofa: a class with no training examples\. There are examples of couch, dog\."):
@@ -280,7 +161,8 @@ class TestDetect:
 
     def test_pictures_and_files_are_detected_in_too(self, spoken, tmp_path):
         IMAGES[0].load().save(tmp_path / "a.png")
-        found = detect(spoken, florence_processor(), [IMAGES[0], IMAGES[0].load(), str(tmp_path / "a.png")])
+        (alone,) = detect(spoken, florence_processor(), str(tmp_path / "a.png"))
+        found = [*detect(spoken, florence_processor(), [IMAGES[0], IMAGES[0].load()]), alone]
         assert torch.equal(found[0]["boxes"], found[1]["boxes"]) and torch.equal(found[0]["boxes"], found[2]["boxes"])
 
     def test_a_released_checkpoints_generation_config_changes_nothing(self, spoken):
@@ -312,6 +194,11 @@ class TestDetect:
         model.load_state_dict(spoken.state_dict())
         (found,) = detect(model.to(torch.bfloat16), florence_processor(), IMAGES[:1])
         assert found["scores"].dtype == found["boxes"].dtype == torch.float32
+
+    @pytest.mark.parametrize("name", ["batch_size", "max_new_tokens"])
+    def test_numbers_out_of_range_are_named(self, spoken, name):
+        with pytest.raises(ValueError, match=f"{name}=-1 must be a whole number of at least 1"):
+            detect(spoken, florence_processor(), IMAGES, **{name: -1})
 
     def test_a_tokenizer_of_another_model_is_refused(self):
         tokens = len(florence_processor().tokenizer)

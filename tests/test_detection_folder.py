@@ -81,7 +81,7 @@ class TestWhichKind:
         document[1]()
         with pytest.raises(ValueError, match=r"tasks\.json lists no tasks"):
             load_tasks(folder)
-        for wrong in ("[]", '{"tasks": 3}', '{"tasks": [{"name": "a"}]}', "{", '{"annotations": 3}'):
+        for wrong in ("[]", '{"tasks": 3}', '{"tasks": ["a"]}', "{", '{"annotations": 3}', "[" * 100_000):
             (folder / "tasks.json").write_text(wrong)
             with pytest.raises(ValueError, match=r"needs a tasks\.json of the form"):
                 load_tasks(folder)
@@ -117,20 +117,46 @@ class TestDetectionFolder:
     @pytest.mark.parametrize(
         ("change", "reason"),
         [
-            (lambda content: content.pop("test"), "KeyError.*test"),
-            (lambda content: content.pop("tasks"), "KeyError.*tasks"),
-            (lambda content: content["tasks"][1].pop("label"), "KeyError.*label"),
-            (lambda content: content["tasks"].append("cat"), "TypeError"),
-            (lambda content: content["train"].pop("images"), "KeyError.*images"),
-            (lambda content: content.update(train="train.json"), "TypeError"),
-            (lambda content: content["train"].update(annotations=3), "TypeError"),
+            (lambda content: content.pop("test"), r"tasks needs a tasks\.json of the form .*test is 'missing'"),
+            (lambda content: content.pop("tasks"), r"tasks needs a tasks\.json of the form .*tasks is None"),
+            (lambda content: content["tasks"].append("cat"), r"tasks needs a tasks\.json of the form .*tasks is \["),
+            (lambda content: content["train"].pop("images"), r"tasks needs a tasks\.json of the form .*train is \{'annotations"),
+            (lambda content: content.update(train="train.json"), r"tasks needs a tasks\.json of the form .*train is 'train\.json'"),
+            (lambda content: content["train"].update(annotations=3), r"tasks\.json: annotations of train must be the name of a file"),
+            (lambda content: content["train"].update(images="../x"), r"tasks\.json: images of train must name something inside"),
+            (lambda content: content["tasks"][1].pop("label"), r"tasks\.json: tasks\[1\] has no 'label'"),
+            (lambda content: content["tasks"][1].update(label=None), r"tasks\.json: tasks\[1\]: label of task 'dog' must be .*None"),
+            (lambda content: content["tasks"][1].update(label=["dog"]), r"tasks\[1\]: label of task 'dog' must be a non-empty string"),
+            (lambda content: content["tasks"][1].update(name=7), r"tasks\.json: tasks\[1\]: The task name '7' must be"),
+            (lambda content: content["tasks"][1].update(name="../.."), r"tasks\.json: tasks\[1\]: The task name '\.\./\.\.' must be"),
+            (lambda content: content["tasks"][1].update(name="sofa"), r"tasks\[1\]: a second task is named 'sofa'"),
+            (lambda content: content["tasks"][1].update(descriptions=None), r"tasks\[1\]: descriptions of task 'dog' must be a list"),
+            (lambda content: content["tasks"][1].update(descriptions=["a", 3]), r"descriptions of task 'dog' must be a list .*found 3"),
+            (lambda content: content["tasks"][1].update(descriptions={"a": 1}), r"descriptions of task 'dog' must be a list"),
+            (lambda content: content["tasks"][1].update(unseen_descriptions=[" "]), r"unseen_descriptions of task 'dog' must be a list"),
         ],
     )
     def test_a_malformed_file_is_named_with_what_is_wrong(self, folder, document, change, reason):
         change(document[0])
         document[1]()
-        with pytest.raises(ValueError, match=rf"tasks needs a tasks\.json of the form .*{reason}"):
-            load_detection_tasks(folder)
+        with pytest.raises(ValueError, match=reason) as raised:
+            load_tasks(folder) if "train" in document[0] and "test" in document[0] else load_detection_tasks(folder)
+        assert "\n" not in str(raised.value)
+
+    def test_one_sentence_is_a_list_of_one(self, folder, document):
+        document[0]["tasks"][1].update(descriptions="detect dogs", unseen_descriptions="find each puppy")
+        document[1]()
+        dog = load_tasks(folder)[1]
+        assert (dog.descriptions, dog.unseen_descriptions) == (["detect dogs"], ["find each puppy"])
+
+    def test_pictures_may_lie_beside_the_file_or_anywhere_by_an_absolute_path(self, folder, document):
+        content, save = document
+        content["train"].update(annotations=str(folder / "train.json"), images=str(folder / "train"))
+        content["test"] = {"annotations": "beside.json", "images": "."}
+        (folder / "test" / "0.png").rename(folder / "0.png")
+        (folder / "test.json").rename(folder / "beside.json")
+        save()
+        assert [(len(task.train_images), len(task.test_images)) for task in load_tasks(folder)] == [(2, 1), (2, 1)]
 
     def test_a_cut_short_file(self, folder):
         content = (folder / "tasks.json").read_text()
@@ -169,6 +195,9 @@ class TestCrops:
     def test_so_many_at_the_most_and_no_picture_opened_beyond(self, tmp_path, count, expected):
         unreadable = [AnnotatedImage(str(tmp_path / "gone.png"), [[0, 0, 4, 4]], ["dog"])] if count in (0, 1, 2) else []
         assert len(crops([*TRAIN, *unreadable], "dog", count)) == expected
+
+    def test_a_box_without_height_is_a_pixel_high(self):
+        assert crops([AnnotatedImage(Image.new("RGB", (80, 40)), [[10, 40, 25, 40]], ["dog"])], "dog", margin=0)[0].size == (15, 1)
 
     def test_a_grey_picture_is_cut_in_rgb(self):
         (crop,) = crops([AnnotatedImage(Image.new("L", (30, 30), 7), [[0, 0, 4, 4]], ["dog"])], "dog")

@@ -119,7 +119,7 @@ def load_coco(annotations: str | os.PathLike[str], images: str | os.PathLike[str
     try:
         files = {row["id"]: inside(images, row["file_name"]) for row in rows["images"]}
     except ValueError as error:
-        raise ValueError(f"{annotations}: file_name {error}") from error
+        raise ValueError(f"{annotations}: each file_name must be that of a file inside {images} ({error})") from error
     if missing := [row["file_name"] for row in rows["images"] if not files[row["id"]].is_file()]:
         raise ValueError(f"{len(missing)} of the {len(files)} images of {annotations} are not in {images}, the first is {missing[0]}.")
     sizes = {}
@@ -198,6 +198,8 @@ def from_dataset(dataset: datasets.Dataset) -> list[AnnotatedImage]:
         boxes, labels = (row["objects"] or {}).get("bbox"), (row["objects"] or {}).get("category")
         if not (row["image"] and isinstance(boxes, list) and isinstance(labels, list) and all(map(_IS[_BOX], boxes))):
             raise ValueError(f"image {index} must be a picture with lists of bbox, {_BOX}, and category; found {row['objects']!r:.200}.")
+        if len(boxes) != len(labels):
+            raise ValueError(f"image {index} has {len(boxes)} boxes and {len(labels)} categories: each box needs one.")
         if isinstance(category, datasets.ClassLabel):
             if not all(isinstance(label, int) and 0 <= label < category.num_classes for label in labels):
                 raise ValueError(f"image {index} has the categories {labels!r:.80}: each must be one of 0 to {category.num_classes - 1}.")

@@ -55,10 +55,15 @@ def mean_average_precision(
     """
     from pycocotools.cocoeval import COCOeval
 
+    for kind, rows in (("predictions", predictions), ("references", references)):
+        if not isinstance(rows, Sequence):
+            raise ValueError(f"{kind} must be a list of dicts, one for each image; found {rows!r:.80}.")
     if len(predictions) != len(references):
         raise ValueError(f"There are {len(predictions)} predictions for {len(references)} references: give one of each for every image.")
     found = [_checked("predictions", image, row, ("scores",)) for image, row in enumerate(predictions)]
     truth = [_checked("references", image, row, ("area", "iscrowd")) for image, row in enumerate(references)]
+    for image, row in enumerate(truth):
+        _check_reference(f"references[{image}]", row)
     names = sorted({label for row in truth for label in row["labels"]} if labels is None else set(strings(labels, "labels")))
     categories = {name: index for index, name in enumerate(names, 1)}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
@@ -93,19 +98,27 @@ def _checked(kind: str, image: int, row: Mapping[str, Any], numbers: Sequence[st
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"{name}: boxes must be [N, 4], xyxy in pixels; found the shape {list(boxes.shape)}.")
     extent = boxes[:, 2:] - boxes[:, :2]
-    if kind == "references" and (extent < 0).any():  # a model may answer such boxes: they match nothing
-        raise ValueError(f"{name}: boxes must be xyxy with x1 <= x2 and y1 <= y2; found {boxes[(extent < 0).any(1)][0].tolist()}.")
     checked: dict[str, Any] = {"bbox": np.concatenate([boxes[:, :2], extent], 1), "labels": strings(row["labels"], f"{name}: labels")}
     checked |= {"area": extent.prod(1), "iscrowd": np.zeros(len(boxes))}
     checked |= {key: _numbers(row[key], f"{name}: {key}") for key in numbers if row.get(key) is not None}
     if "scores" in numbers and "scores" not in checked:
         raise ValueError(f"{name} has no scores: each box needs one.")
     for key, values in checked.items():
-        if len(values) != len(boxes) or (key in numbers and np.ndim(values) != 1):
-            raise ValueError(f"{name} has {len(boxes)} boxes and {len(values)} {key}: each box needs one.")
-    if not np.isin(checked["iscrowd"], (0, 1)).all():
-        raise ValueError(f"{name}: iscrowd must be 0 or 1; found {checked['iscrowd'].tolist()!r:.80}.")
+        if np.shape(values)[:1] != (len(boxes),) or np.ndim(values) != (2 if key == "bbox" else 1):
+            raise ValueError(
+                f"{name} has {len(boxes)} boxes and {np.size(values)} {key} of shape {list(np.shape(values))}: each box needs one."
+            )
     return checked
+
+
+def _check_reference(name: str, row: Mapping[str, Any]) -> None:
+    """What is true is a box; a model may answer any four numbers, which then match nothing."""
+    for box, area, crowd in zip(row["bbox"], row["area"], row["iscrowd"], strict=True):
+        if min(box[2:]) < 0 or area < 0 or crowd not in (0, 1):
+            raise ValueError(
+                f"{name}: boxes must be xyxy with x1 <= x2 and y1 <= y2, area at least 0, iscrowd 0 or 1; found the width {box[2]:g}, the"
+                f" height {box[3]:g}, the area {area:g} and iscrowd {crowd:g}."
+            )
 
 
 def _numbers(values: Any, name: str) -> np.ndarray:

@@ -215,7 +215,7 @@ def load_detection_tasks(folder: str | Path) -> list[DetectionTask]:
         `ValueError`: If there is no readable `tasks.json`, a field of it is missing or of another type (the message names file, task and
             field), or an annotation file is not as [`load_coco`] wants it.
     """
-    form = '{"train": {"annotations", "images"}, "test": ..., "tasks": [{"name", "label", "descriptions"}]}'
+    form = '{"train": {"annotations", "images"} or null, "test": ..., "tasks": [{"name", "label", "descriptions"}]}'
     document = read_tasks_json(folder, form)
     images: dict[str, list[AnnotatedImage]] = {"train": [], "test": []}
 
@@ -227,7 +227,7 @@ def load_detection_tasks(folder: str | Path) -> list[DetectionTask]:
     for split in images:  # read last: of a large data set this takes minutes
         entry = document.get(split)
         if split not in document or not (entry is None or (isinstance(entry, dict) and {"annotations", "images"} <= entry.keys())):
-            raise ValueError(f"{folder} needs a tasks.json of the form {form} ({split} is {entry!r:.80}, and it may be null).")
+            raise ValueError(f"{folder} needs a tasks.json of the form {form} ({split} is {document.get(split, 'missing')!r:.80}).")
         if entry is not None:
             fields = ("annotations", "images")
             images[split] += load_coco(*(path_from_json(folder, entry[name], f"{folder}/tasks.json: {name} of {split}") for name in fields))

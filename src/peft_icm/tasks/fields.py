@@ -161,4 +161,4 @@ def path_from_json(folder: str | os.PathLike[str], name: Any, field: str) -> Pat
     try:
         return inside(folder, name)
     except ValueError as error:
-        raise ValueError(f"{field}: {error} An absolute path may lie anywhere.") from error
+        raise ValueError(f"{field} must name something inside {folder}, or an absolute path ({error})") from error
