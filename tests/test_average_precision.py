@@ -7,6 +7,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+import torchvision
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -87,6 +88,45 @@ def test_by_hand():
     assert result["map"] == pytest.approx((3 * full + 7 * half) / 10)  # thresholds 0.50, 0.55 and 0.60 count the second
 
 
+def by_definition(predictions, references, label, threshold):
+    """Average precision of one class without pycocotools: greedy matches by score, precision at 101 recalls from the right-hand maximum."""
+    hits, total = [], sum(reference["labels"].count(label) for reference in references)
+    for prediction, reference in zip(predictions, references, strict=True):
+        truth = torch.tensor([box for box, name in zip(reference["boxes"], reference["labels"], strict=True) if name == label])
+        free = torch.ones(len(truth), dtype=torch.bool)
+        rows = zip(prediction["scores"], prediction["boxes"], prediction["labels"], strict=True)
+        for score, box, name in sorted(rows, key=lambda row: -row[0]):
+            if name == label:
+                overlaps = torchvision.ops.box_iou(torch.tensor([box]), truth.view(-1, 4))[0] * free
+                hit = bool(len(overlaps)) and bool(overlaps.max() >= threshold)
+                if hit:
+                    free[overlaps.argmax()] = False
+                hits.append((score, hit))
+    found = torch.tensor([hit for _, hit in sorted(hits, key=lambda pair: -pair[0])]).cumsum(0)
+    recall, precision = found / total, found / torch.arange(1, len(found) + 1)
+    return (
+        sum(float(precision[recall >= point / 100 - 1e-6].max()) if recall[-1] >= point / 100 - 1e-6 else 0 for point in range(101)) / 101
+    )
+
+
+def test_average_precision_by_its_definition():
+    numbers = np.random.default_rng(3)
+    predictions, references = [], []
+    for _ in range(6):
+        corner = numbers.uniform(0, 300, (4, 2))
+        boxes = np.concatenate([corner, corner + numbers.uniform(40, 90, (4, 2))], 1)
+        labels = ["cat", "cat", "dog", "dog"]
+        references.append({"boxes": boxes.tolist(), "labels": labels})
+        moved = np.concatenate([boxes + numbers.normal(0, 4, boxes.shape), boxes + numbers.normal(0, 12, boxes.shape)])
+        scores = numbers.permutation(8) / 10 + numbers.uniform(0, 0.1, 8)
+        predictions.append({"boxes": moved.tolist(), "labels": labels * 2, "scores": scores.tolist()})
+    per_class = mean_average_precision(predictions, references)["per_class"]
+    for label in ("cat", "dog"):
+        steps = [by_definition(predictions, references, label, 0.5 + 0.05 * step) for step in range(10)]
+        assert per_class[label] == pytest.approx({"map": sum(steps) / 10, "map_50": steps[0], "map_75": steps[5]}, abs=1e-5)
+        assert 0.1 < per_class[label]["map"] < per_class[label]["map_50"] < 1
+
+
 def test_the_score_decides_which_of_two_comes_first():
     boxes, labels = [*CAT["boxes"], [100.0, 100.0, 150.0, 150.0]], ["cat", "cat"]
     good = mean_average_precision([{"boxes": boxes, "labels": labels, "scores": [0.9, 0.1]}], [CAT])
@@ -121,11 +161,51 @@ def test_labels_choose_the_classes_that_count():
         ({"scores": None}, r"predictions\[0\] has no scores"),
         ({"scores": [0.5, 0.5]}, r"predictions\[0\] has 1 boxes and 2 scores"),
         ({"labels": []}, r"predictions\[0\] has 1 boxes and 0 labels"),
+        ({"scores": [float("nan")]}, r"predictions\[0\]: scores must be finite numbers"),
+        ({"scores": [float("inf")]}, r"predictions\[0\]: scores must be finite numbers"),
+        ({"scores": ["0.5"]}, r"predictions\[0\]: scores must be finite numbers"),
+        ({"scores": 0.5}, r"predictions\[0\] has 1 boxes and 1 scores of shape \[\]"),
+        ({"scores": [[0.5]]}, r"predictions\[0\] has 1 boxes and 1 scores of shape \[1, 1\]"),
+        ({"boxes": [[1, 2, 3, float("nan")]]}, r"predictions\[0\]: boxes must be finite numbers"),
+        ({"boxes": [[1, 2, 3, 4], [1]]}, r"predictions\[0\]: boxes must be an array of numbers"),
+        ({"boxes": None}, r"predictions\[0\]: boxes must be finite numbers"),
+        ({"labels": [3]}, r"predictions\[0\]: labels must be a list of non-empty strings; found 3"),
+        ({"labels": None}, r"predictions\[0\]: labels must be a list of strings; found None"),
     ],
 )
 def test_what_is_no_prediction_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         mean_average_precision([{**CAT, "scores": [0.5], **change}], [CAT])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"boxes": [[50, 10, 10, 50]]}, {"iscrowd": [2]}, {"area": [-1]}, {"area": [float("nan")]}, {"iscrowd": ["0"]}, {"labels": [None]}],
+)
+def test_what_is_no_reference_is_refused(change):
+    with pytest.raises(ValueError, match=r"references\[0\]"):
+        mean_average_precision([{**CAT, "scores": [0.5]}], [{**CAT, **change}])
+
+
+@pytest.mark.parametrize("rows", [None, {**CAT, "scores": [0.5]}, [None], "ab", [{"boxes": [[0, 0, 1, 1]]}]])
+def test_what_is_no_list_of_images_is_refused(rows):
+    for predictions, references in ((rows, [CAT, CAT][: len(rows or [])]), ([NOTHING] * len(rows or []), rows)):
+        with pytest.raises(ValueError, match=r"must be a (list of dicts|dict of boxes)"):
+            mean_average_precision(predictions, references)
+
+
+def test_one_label_is_a_list_of_one():
+    boxes, scores = [[0, 0, 10, 10], [20, 20, 40, 40], [50, 50, 90, 90]], [0.9, 0.8, 0.7]
+    cats = {"boxes": boxes, "labels": ["cat"] * 3, "scores": scores}
+    assert list(mean_average_precision([cats], [cats], labels="cat")["per_class"]) == ["cat"]
+    with pytest.raises(ValueError, match="3 boxes and 1 labels"):
+        mean_average_precision([{**cats, "labels": "cat"}], [cats])
+    metric = evaluate.load(metric_path("mean_average_precision"))
+    assert list(metric.compute(predictions=[cats], references=[cats], labels="cat")["per_class"]) == ["cat"]
+    with pytest.raises(ValueError, match="3 boxes and 1 labels"):
+        metric.compute(predictions=[{**cats, "labels": "cat"}], references=[cats])
+    with pytest.raises(ValueError, match="must be lists of dicts"):
+        evaluate.load(metric_path("mean_average_precision")).compute(predictions=["a"], references=["b"])
 
 
 def test_predictions_and_references_must_be_of_the_same_images():

@@ -1,6 +1,7 @@
 """Florence-2's answers: boxes to text, and tokens back to boxes with the probability of each object."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -27,10 +28,15 @@ class TestWriting:
         text = answer_text([[0, 0, 100, 50.5]], ["x"], (100, 100), florence_processor(), step)
         assert text == f"x<loc_{low}><loc_{low}><loc_{high}><loc_{middle}>"
 
-    @pytest.mark.parametrize("step", [0, 1001])
+    @pytest.mark.parametrize("step", [0, 1001, 2.5])
     def test_a_step_out_of_range_is_refused(self, step):
         with pytest.raises(ValueError, match=f"location_step={step} must be between 1"):
             answer_text([[0, 0, 1, 1]], ["x"], (9, 9), florence_processor(), step)
+
+    @pytest.mark.parametrize("label", ["", "a<b", "caf\u00e9", " cat", "a\nb", "x" * 201, "cat<loc_5>"])
+    def test_a_label_that_would_not_be_read_back_is_refused(self, label):
+        with pytest.raises(ValueError, match="Florence-2 cannot answer with the label"):
+            answer_text([[0, 0, 1, 1]], [label], (9, 9), florence_processor())
 
 
 def parse(text, log_prob=None):
@@ -86,6 +92,14 @@ class TestReading:
     def test_nothing_is_found_in_an_answer_without_objects(self, text):
         found = parse(text)
         assert found["boxes"].shape == (0, 4) and found["labels"] == [] and found["scores"].shape == (0,)
+
+    def test_a_huge_answer_takes_no_time(self):
+        tokenizer = florence_processor().tokenizer
+        (letter,), locations = tokenizer("x", add_special_tokens=False)["input_ids"], tokenizer("<loc_1>" * 3, add_special_tokens=False)
+        tokens = [letter] * 300_000 + locations["input_ids"]
+        start = time.perf_counter()
+        assert parse_answer(tokens, [0.0] * len(tokens), (10, 10), florence_processor())["labels"] == []
+        assert time.perf_counter() - start < 20
 
     def test_padding_of_the_vocabulary_is_no_token(self):
         ox = florence_processor().tokenizer("ox<loc_1><loc_2><loc_3><loc_4>")["input_ids"]

@@ -1,5 +1,7 @@
 """Exact likelihoods of raw text, and the evaluate metrics on top of them."""
 
+import itertools
+import json
 import math
 
 import evaluate
@@ -8,9 +10,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TEXTS, llama, llama_lora, tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from peft_icm.evaluation.metrics import metric_path
-from peft_icm.tasks.language_modeling import DOCUMENT_SEPARATOR, LanguageModelingTask, load_tasks, nll, windows
+from peft_icm.tasks.language_modeling import DOCUMENT_SEPARATOR, NLL, LanguageModelingTask, context_size, load_tasks, nll, windows
 
 VOCABULARY = len(tokenizer())
 
@@ -83,7 +103,72 @@ def test_mode_is_restored(model):
     model.eval()
 
 
-@pytest.mark.parametrize("texts", [[""], "a string", [None]])
+@pytest.mark.parametrize("size", [1, 0, -5, 2.5])
+def test_a_window_has_a_token_to_read_and_one_to_score(model, size):
+    with pytest.raises(ValueError, match=f"window={size} must be a whole number of at least 2"):
+        list(itertools.islice(windows(12, size), 100))
+    with pytest.raises(ValueError, match=f"max_length={size} must be a whole number of at least 2"):
+        nll(model, tokenizer(), ["a text"], max_length=size)
+
+
+def test_a_window_longer_than_the_model_reads_is_the_models(model):
+    text = TEXTS[1][:200]
+    assert nll(model, tokenizer(), [text], max_length=10**9)[0].nats == nll(model, tokenizer(), [text])[0].nats
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_has_a_text(model, size):
+    with pytest.raises(ValueError, match=f"batch_size={size} must be a whole number of at least 1"):
+        nll(model, tokenizer(), ["a text"], batch_size=size)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (BloomForCausalLM, BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=VOCABULARY)),
+        (MambaForCausalLM, MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=VOCABULARY)),
+        (MptForCausalLM, MptConfig(d_model=16, n_heads=2, n_layers=1, max_seq_len=32, vocab_size=VOCABULARY)),
+        (GPT2LMHeadModel, GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=32, vocab_size=VOCABULARY)),
+    ],
+    ids=["bloom", "mamba", "mpt", "gpt2"],
+)
+def test_models_whose_config_names_no_positions(kind, config):
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    (short,) = nll(model, tokenizer(), [TEXTS[0][:20]])
+    assert short.nats == pytest.approx(by_hand(model, [0, *tokenizer()(TEXTS[0][:20], add_special_tokens=False)["input_ids"]]), rel=1e-4)
+    assert nll(model, tokenizer(), [(TEXTS[0] * 9)[:1500]])[0].tokens == 1500
+    assert context_size(config) == (32 if kind in (MptForCausalLM, GPT2LMHeadModel) else None)
+
+
+def test_what_is_no_causal_language_model_is_refused():
+    small = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": VOCABULARY}
+    t5 = T5ForConditionalGeneration(T5Config(**small, decoder_start_token_id=0))
+    bert = BertForMaskedLM(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=VOCABULARY)
+    )
+    for model in (t5, bert):
+        with pytest.raises(ValueError, match="is no causal language model"):
+            nll(model, tokenizer(), ["a text"])
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="the model only knows 8: take the tokenizer of this model"):
+        nll(llama(vocab_size=8), tokenizer(), ["a text"])
+
+
+def test_a_text_without_tokens_is_named_and_no_tokens_are_no_number(model):
+    words = Tokenizer(WordLevel({"<s>": 0, "[UNK]": 1, "hello": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    reader = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="[UNK]")
+    with pytest.raises(ValueError, match=r"makes no token of ' \\n ': leave it out"):
+        nll(model, reader, ["hello", " \n "])
+    nothing = NLL(0.0, 0, 0)
+    assert all(math.isnan(value) for value in (nothing.nats_per_token, nothing.perplexity, nothing.bits_per_character))
+    assert NLL(1e6, 10, 10).perplexity == math.inf
+
+
+@pytest.mark.parametrize("texts", [[""], "a string", [None], []])
 def test_refuses_what_is_no_text(model, texts):
     with pytest.raises(ValueError, match="non-empty strings"):
         nll(model, tokenizer(), texts)
@@ -116,6 +201,19 @@ class TestMetrics:
         with model.disable_adapter():
             assert perplexity() == pytest.approx(before)
 
+    @pytest.mark.parametrize("name", ["perplexity", "bits_per_character"])
+    def test_one_text_is_a_list_of_one_and_what_is_no_text_is_refused(self, model, name):
+        options = {"model": model, "tokenizer": tokenizer()}
+        one = evaluate.load(metric_path(name)).compute(predictions="hello", **options)
+        assert one[name] == pytest.approx(getattr(nll(model, tokenizer(), ["hello"])[0], name))
+        for wrong in ([], [""], 3, [None], {"a": 1}):
+            with pytest.raises(ValueError, match=r"list of (non-empty )?strings"):
+                evaluate.load(metric_path(name)).compute(predictions=wrong, **options)
+
+    def test_fidelity_of_no_adapters_is_refused(self):
+        with pytest.raises(ValueError, match="name no adapters"):
+            evaluate.load(metric_path("adapter_fidelity")).compute(predictions=[], references=[])
+
     def test_unknown(self):
         with pytest.raises(ValueError, match="choose one of adapter_fidelity, bits_per_character, mean_average_precision, perplexity"):
             metric_path("bleu")
@@ -134,6 +232,68 @@ class TestTasks:
         assert len(few) == 3 and len({tuple(row.tolist()) for row in drawn}) > len(blocks) * 0.9
         with pytest.raises(ValueError, match="less than one block of 100000"):
             task.train_dataset(tokenizer(), block_size=100_000)
+        for block_size in (1, 0, -4, None, 2.5):
+            with pytest.raises(ValueError, match=f"block_size={block_size} must be a whole number of at least 2"):
+                task.train_dataset(tokenizer(), block_size=block_size)
+        for count in (0, -1):
+            with pytest.raises(ValueError, match=f"blocks_per_epoch={count} must be a whole number of at least 1"):
+                task.train_dataset(tokenizer(), block_size=16, blocks_per_epoch=count)
+        small = tokenizer()
+        small.model_max_length = 64
+        with pytest.raises(ValueError, match="block_size=65 is more than the 64 tokens that the model reads at once"):
+            task.train_dataset(small, block_size=65)
+
+    @pytest.mark.parametrize("name", ["..", "a/b", "a\\b", "", ".", None, 7, "x" * 300, "a\0"])
+    def test_a_name_is_a_file_name(self, name):
+        with pytest.raises(ValueError, match="task name .* must be a plain file name"):
+            LanguageModelingTask(name, ["about t"], TEXTS, [])
+
+    def test_one_string_is_a_list_of_one(self):
+        task = LanguageModelingTask("t", "write poems", "a poem", "another", "rhyme")
+        assert (task.descriptions, task.train_texts, task.test_texts, task.unseen_descriptions) == (
+            ["write poems"], ["a poem"], ["another"], ["rhyme"]
+        )  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"name": None}, "The task name 'None' must be"),
+            ({"name": "../x"}, r"The task name '\.\./x' must be"),
+            ({"descriptions": None}, "descriptions of task 'a' must be a list of strings; found None"),
+            ({"descriptions": 3}, "descriptions of task 'a' must be a list of strings; found 3"),
+            ({"descriptions": {"a": 1}}, "descriptions of task 'a' must be a list of strings"),
+            ({"descriptions": [3]}, "descriptions of task 'a' must be a list of non-empty strings; found 3"),
+            ({"descriptions": [""]}, "descriptions of task 'a' must be a list of non-empty strings; found ''"),
+            ({"descriptions": "\ud800"}, "descriptions of task 'a' must be a list of non-empty strings"),
+            ({"unseen_descriptions": None}, "unseen_descriptions of task 'a' must be a list of strings; found None"),
+            ({"train": 3}, "train must be the name of a file or folder; found 3"),
+            ({"train": ["a.txt"]}, "train must be the name of a file or folder"),
+            ({"test": "../outside.txt"}, "test must name something inside"),
+            ({"test": "a\0"}, "test must name something inside"),
+            ({"test": "latin.txt"}, r"test names latin\.txt, which is no text in UTF-8"),
+        ],
+    )
+    def test_wrong_fields_are_named_with_file_and_task(self, tmp_path, change, message):
+        folder = tmp_path / "tasks"
+        folder.mkdir()
+        (tmp_path / "outside.txt").write_text("secret")
+        (folder / "a.txt").write_text("one")
+        (folder / "latin.txt").write_bytes("ä".encode("latin-1"))
+        good = {"name": "b", "descriptions": "of b", "train": str(folder / "a.txt"), "test": "a.txt"}
+        entry = {"name": "a", "descriptions": ["of a"], "train": "a.txt", "test": None, **change}
+        (folder / "tasks.json").write_text(json.dumps({"tasks": [good, entry]}))
+        with pytest.raises(ValueError, match=rf"tasks\.json: tasks\[1\]: {message}") as raised:
+            load_tasks(folder)
+        assert "\n" not in str(raised.value)
+        for entry in (good, {"name": "c"}):
+            (folder / "tasks.json").write_text(json.dumps({"tasks": [good, entry]}))
+            with pytest.raises(ValueError, match=r"tasks\.json: tasks\[1\](: a second task is named 'b'| has no 'descriptions')"):
+                load_tasks(folder)
+
+    def test_blank_documents_are_left_out(self, tmp_path):
+        (tmp_path / "a.txt").write_text(f"one{DOCUMENT_SEPARATOR} \n{DOCUMENT_SEPARATOR}two{DOCUMENT_SEPARATOR}")
+        (tmp_path / "tasks.json").write_text('\ufeff{"tasks": [{"name": "a", "descriptions": "of a", "train": "a.txt"}]}')
+        assert load_tasks(tmp_path)[0].train_texts == ["one", "two"]
 
     def test_folder(self, tmp_path):
         (tmp_path / "a.txt").write_text(f"one{DOCUMENT_SEPARATOR}two\nlines")

@@ -22,15 +22,15 @@ Returns:
     per_class (dict): map, map_50 and map_75 of each label.
 """
 
-# Features know no optional keys, only keys without a value.
-_OPTIONAL = {"iscrowd": None, "area": None}
+_PREDICTION, _REFERENCE = {"boxes", "labels", "scores"}, {"boxes", "labels"}
+_OPTIONAL = {"iscrowd", "area"}  # features know no optional keys, only keys without a value
 
 
-def _one(image):
-    """An image's dict; a label alone is a list of one, not of its letters."""
-    if not isinstance(image, Mapping) or "labels" not in image:
-        raise ValueError(f"predictions and references must be lists of dicts with boxes and labels; found {image!r:.80}.")
-    return {**image, "labels": strings(image["labels"], "labels")}
+def _image(row, needed, optional=frozenset()):
+    """What the features name of an image's dict; a label alone is a list of one, not of its letters."""
+    if not isinstance(row, Mapping) or not needed <= row.keys():
+        raise ValueError(f"predictions and references must be lists of dicts with {', '.join(sorted(needed))}; found {row!r:.80}.")
+    return {**{name: row.get(name) for name in needed | optional}, "labels": strings(row["labels"], "labels")}
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS)
@@ -47,12 +47,12 @@ class MeanAveragePrecision(evaluate.Metric):
 
     def add(self, *, prediction=None, reference=None, **kwargs):
         """Add one image."""
-        super().add(prediction=_one(prediction), reference={**_OPTIONAL, **_one(reference)}, **kwargs)
+        super().add(prediction=_image(prediction, _PREDICTION), reference=_image(reference, _REFERENCE, _OPTIONAL), **kwargs)
 
     def add_batch(self, *, predictions=None, references=None, **kwargs):
         """Add several images."""
-        references = [{**_OPTIONAL, **_one(reference)} for reference in references]
-        super().add_batch(predictions=[_one(prediction) for prediction in predictions], references=references, **kwargs)
+        found = [_image(row, _PREDICTION) for row in predictions]
+        super().add_batch(predictions=found, references=[_image(row, _REFERENCE, _OPTIONAL) for row in references], **kwargs)
 
     def _compute(self, predictions, references, labels=None):
         return mean_average_precision(predictions, references, labels)
