@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from peft_icm.baselines import AdapterSource, NearestAdapter
 from peft_icm.evaluation.memorisation import memorisation_report
@@ -88,19 +88,10 @@ def wrong_predictions(scorer: Scorer, task: str, vector: Tensor | None) -> Tenso
     found = scorer.find(task, vector, items)
     missed = []
     for image, one in zip(items, found, strict=True):
-        boxes = [box for box, name in zip(one["boxes"].tolist(), one["labels"], strict=True) if name == label]
-        own = [box for box, name in zip(image.boxes, image.labels, strict=True) if name == label]
-        missed += [max((_iou(box, other) for other in boxes), default=0.0) < MATCH for box in own]
-    return torch.tensor(missed)
-
-
-def _iou(first: Sequence[float], second: Sequence[float]) -> float:
-    """Intersection over union of two boxes, xyxy."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    shared = max(0.0, width) * max(0.0, height)
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
-    return shared / max(sum(areas) - shared, 1e-9)
+        boxes = one["boxes"][[name == label for name in one["labels"]]].double()
+        own = torch.tensor([box for box, name in zip(image.boxes, image.labels, strict=True) if name == label]).double().view(-1, 4)
+        missed.append((box_iou(own, boxes) < MATCH).all(1))
+    return torch.cat(missed)
 
 
 def left_out(workshop: Workshop, scale: Scale) -> dict[str, dict[str, float]]:

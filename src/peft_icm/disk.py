@@ -69,8 +69,8 @@ def inside(root: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
     Raises:
         `ValueError`: If it leads out of `root`.
     """
-    found = Path(root) / path
-    if not found.resolve().is_relative_to(Path(root).resolve()) or found.resolve() == Path(root).resolve():
+    found, top = Path(root) / path, Path(root).resolve()
+    if top not in found.resolve().parents:
         raise ValueError(f"{str(path)!r} leads out of {root}: it must lie inside.")
     return found
 
