@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from tiny import TEXTS, llama, llama_lora, tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -29,6 +30,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from peft_icm import CollectingArguments, collect
 from peft_icm.evaluation.metrics import metric_path
 from peft_icm.tasks.language_modeling import DOCUMENT_SEPARATOR, NLL, LanguageModelingTask, context_size, load_tasks, nll, windows
 
@@ -306,3 +308,12 @@ class TestTasks:
         (tmp_path / "tasks.json").write_text("{")
         with pytest.raises(ValueError, match=r"needs a tasks\.json"):
             load_tasks(tmp_path)
+
+
+def test_a_block_longer_than_the_base_reads_is_refused(tmp_path):
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=32, vocab_size=VOCABULARY)).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    args = CollectingArguments(str(tmp_path / "loras"), num_train_epochs=1, num_snapshots=1, dataset_kwargs={"block_size": 33})
+    task = LanguageModelingTask("t", "about t", TEXTS, [])
+    with pytest.raises(ValueError, match="block_size=33 is more than the 32 tokens that .*base reads at once"):
+        collect(str(tmp_path / "base"), [task], LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM"), args)

@@ -38,6 +38,7 @@ from transformers import (
 
 from .adapters.collection import AdapterCollection
 from .adapters.layout import AdapterLayout
+from .tasks.language_modeling import context_size
 
 DONE = "done.json"
 RECIPE = "recipe.json"
@@ -279,6 +280,9 @@ def _work(base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, args:
     config = AutoConfig.from_pretrained(base_model)
     base = getattr(transformers, config.architectures[0]).from_pretrained(base_model, dtype=args.dtype)
     processor = AutoProcessor.from_pretrained(base_model)
+    bound, block_size = context_size(config), args.dataset_kwargs.get("block_size")
+    if bound and isinstance(block_size, int) and block_size > bound:
+        raise ValueError(f"block_size={block_size} is more than the {bound} tokens that {base_model} reads at once.")
     for task in tqdm(tasks, desc="collecting", unit="task", disable=threads is not None):
         base = _train(base, processor, task, lora_config, args)
 
