@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from peft import PeftModel
@@ -17,9 +18,51 @@ from ..adapters.attach import attach
 from ..adapters.base import load_base, share_tensors
 from ..adapters.layout import AdapterLayout
 from ..conditioning import Picture, TaskEncoder, load_task_encoder, open_images
-from ..hub.files import resolve
+from ..disk import MAX_NAME_BYTES, inside, safe_name
+from ..hub.files import is_local, resolve
 from .configuration_icm import ICMConfig
-from .sampling import Generators
+from .sampling import Generators, as_conditions
+
+# One for the process: transformers sets the process's default dtype while it builds a model.
+LOADING = threading.RLock()
+PACKAGE = Path(__file__).parents[1]
+
+
+class Source(dict[str, Any]):
+    """Where a generator was found: `name`, `revision` (the commit, of a Hub repo), `subfolder`, and `token`, `cache_dir`,
+    `local_files_only` for what belongs to it. A pickle or a copy has no token."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Everything but the token."""
+        return type(self), ({name: value for name, value in self.items() if name != "token"},)
+
+    def __repr__(self) -> str:
+        """Without the token, which has no place in a log."""
+        return repr({name: value for name, value in self.items() if name != "token"})
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it was downloaded, from someone who may know nothing of this machine."""
+        return "revision" in self
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """What other repos are reached with."""
+        return {name: self[name] for name in ("token", "cache_dir", "local_files_only") if name in self}
+
+
+class TaskInputs(TypedDict, total=False):
+    """What may stand in the place of a text, or beside it; see [`~ICMGenerator.task_vector`].
+
+    Args:
+        examples (`Sequence[str]`, *optional*): Examples of the task.
+        images (`Sequence[PIL.Image.Image, str or Path]`, *optional*): Pictures of the task, instead of a text or beside it.
+        task_vector (`Tensor`, *optional*): `[d]`.
+    """
+
+    examples: Sequence[str] | None
+    images: Sequence[Picture] | None
+    task_vector: Tensor | None
 
 
 class AdapterMixin:
@@ -28,19 +71,23 @@ class AdapterMixin:
     config: ICMConfig
     layout: AdapterLayout
     sample: Callable[..., Tensor]
-    _source: dict[str, Any]  # where from_pretrained found the generator
+    device: torch.device
+    _source: Source
     _lazy: dict[str, Any]  # the encoder and the base, once loaded; a dict keeps them out of the generator's own modules
 
     # ------------------------------------------------------------------ conditions
     @property
     def encoder(self) -> TaskEncoder:
         """The task encoder this generator was trained with; loaded on first use, and refused if its weights have another hash."""
-        if "encoder" not in self._lazy:
-            if self.config.encoder is None:
-                raise ValueError("This generator names no task encoder: pass task_vector= (Tensor [d]).")
-            folder = self.config.encoder.get("folder")
-            self.encoder = load_task_encoder(self.config.encoder, self._resolve(folder) if folder else None)
-        return self._lazy["encoder"]
+        with LOADING:
+            if "encoder" not in self._lazy:
+                if self.config.encoder is None:
+                    raise ValueError("This generator names no task encoder: pass task_vector= (Tensor [d]).")
+                folder = self.config.encoder.get("folder")
+                path = self._resolve(folder) if folder else None
+                encoder = load_task_encoder(self.config.encoder, path, from_hub=self._source.on_hub, **self._source.hub)
+                self.encoder = encoder.to(self.device)
+            return self._lazy["encoder"]
 
     @encoder.setter
     def encoder(self, encoder: TaskEncoder) -> None:
@@ -78,12 +125,15 @@ class AdapterMixin:
             `Tensor`: `[d]` fp32.
 
         Raises:
-            `ValueError`: If nothing is given, or something that this generator's encoder does not read.
+            `ValueError`: If nothing is given, or something that this generator's encoder does not read, or a task vector that is none.
         """
         arguments = {"text": text, "examples": examples, "images": images, "task_vector": task_vector}
         given = [name for name, value in arguments.items() if value is not None]
-        if task_vector is not None and len(given) == 1:
-            return task_vector
+        if given == ["task_vector"]:
+            vector = as_conditions(task_vector, 1, 0.0, self.config.condition_dim)  # type: ignore[arg-type]
+            if len(vector) != 1:
+                raise ValueError(f"Expected one task vector of shape ({self.config.condition_dim},), found {len(vector)} rows.")
+            return vector[0]
         reads = self.encoder.accepts
         if not given or not set(given) <= set(reads):
             raise ValueError(
@@ -108,38 +158,46 @@ class AdapterMixin:
         self,
         text: str | None = None,
         *,
-        examples: Sequence[str] | None = None,
-        images: Sequence[Picture] | None = None,
-        task_vector: Tensor | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        **task: Unpack[TaskInputs],
     ) -> dict[str, Tensor]:
         """Generate the tensors of one adapter; no base model is needed.
 
         Args:
-            text, examples, images, task_vector: See [`~ICMGenerator.task_vector`].
+            text (`str`, *optional*): What the adapter is for, e.g. `"detect sofas"`.
             temperature (`float`, defaults to 1.0): See [`~ICMGenerator.sample`].
             generator (`torch.Generator`, *optional*): Source of z.
+            **task: `examples`, `images` or `task_vector`: see [`~ICMGenerator.task_vector`].
 
         Returns:
             `dict[str, Tensor]`: Keys and shapes of the layout, on the CPU, as `peft.set_peft_model_state_dict` takes them.
+
+        Raises:
+            `ValueError`: If the input is not what the encoder reads, temperature or generator is none, or the adapter is not finite.
         """
-        condition = self.task_vector(text, examples=examples, images=images, task_vector=task_vector)
-        return self.layout.unflatten(self.sample(condition, 1, generator, temperature)[0].cpu())
+        condition = self.task_vector(text, **task)
+        if isinstance(generator, Sequence):
+            raise ValueError(f"generator={generator!r} must be one torch.Generator: one adapter is generated.")
+        return self.layout.unflatten(self._finite(self.sample(condition, 1, generator, temperature))[0])
+
+    def _finite(self, samples: Tensor) -> Tensor:
+        samples = samples.cpu()
+        if not samples.to(self.layout.torch_dtype).isfinite().all():
+            raise ValueError(f"The generated adapter holds NaN or infinite values in {self.layout.dtype}: lower the temperature.")
+        return samples
 
     def generate_adapter(
         self,
         text: str | None = None,
         base_model: str | os.PathLike[str] | PreTrainedModel | PeftModel | None = None,
         *,
-        examples: Sequence[str] | None = None,
-        images: Sequence[Picture] | None = None,
-        task_vector: Tensor | None = None,
         adapter_name: str = "default",
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         is_trainable: bool = False,
         base_model_kwargs: Mapping[str, Any] | None = None,
+        **task: Unpack[TaskInputs],
     ) -> PeftModel:
         """Generate one adapter and put it onto its base model.
 
@@ -149,14 +207,12 @@ class AdapterMixin:
                 trained for, once; every call gives a model of its own on the same memory, until something is written to (a merge gets
                 its own copy of what it changes). An id or folder is loaded. A `PreTrainedModel` is wrapped in place. On a `PeftModel`
                 the named adapter is added, or swapped where it is there.
-            examples (`Sequence[str]`, *optional*): Examples of the task instead of a text.
-            images (`Sequence[PIL.Image.Image, str or Path]`, *optional*): Pictures of the task, instead of a text or beside it.
-            task_vector (`Tensor`, *optional*): `[d]` instead of a text.
             adapter_name (`str`, defaults to `"default"`): Name of the adapter.
             temperature (`float`, defaults to 1.0): Standard deviation of z.
             generator (`torch.Generator`, *optional*): Source of z, for a seed.
             is_trainable (`bool`, defaults to `False`): Leave the adapter trainable and in train mode.
             base_model_kwargs (`Mapping`, *optional*): For the base's `from_pretrained` (`dtype`, `device_map`, ...).
+            **task: `examples`, `images` or `task_vector`: see [`~ICMGenerator.task_vector`].
 
         Returns:
             `PeftModel`: A native one, in eval mode unless `is_trainable`.
@@ -164,11 +220,10 @@ class AdapterMixin:
         Raises:
             `ValueError`: If the input is not what the encoder reads, or the base does not fit the layout.
         """
-        state_dict = self.generate_state_dict(
-            text, examples=examples, images=images, task_vector=task_vector, temperature=temperature, generator=generator
-        )
+        safe_name(adapter_name, "adapter")
+        state_dict = self.generate_state_dict(text, temperature=temperature, generator=generator, **task)
         model = self._base_for(base_model, base_model_kwargs)
-        facts = self._facts(text, temperature, generator, images)
+        facts = self._facts(text, temperature, generator, task.get("images"))
         return attach(model, self.layout, state_dict, adapter_name=adapter_name, is_trainable=is_trainable, provenance=facts)
 
     def generate_adapters(
@@ -201,11 +256,13 @@ class AdapterMixin:
         """
         if isinstance(texts, str) or not texts:
             raise ValueError(f"texts={texts!r} must be a non-empty list of sentences.")
-        vectors = torch.stack([self.task_vector(text) for text in texts])
-        names = list(adapter_names or (re.sub(r"\W+", "_", text).strip("_") for text in texts))
+        if isinstance(adapter_names, str):
+            raise ValueError(f"adapter_names={adapter_names!r} must be a list of names.")
+        names = [safe_name(name, "adapter") for name in adapter_names or map(_words, texts)]
         if len(names) != len(texts) or len(set(names)) != len(names):
             raise ValueError(f"Expected {len(texts)} different adapter names, found {names}.")
-        samples = self.sample(vectors, 1, generator, temperature).cpu()
+        vectors = torch.stack([self.task_vector(text) for text in texts])
+        samples = self._finite(self.sample(vectors, 1, generator, temperature))
         model = self._base_for(base_model, base_model_kwargs)
         generators = generator if isinstance(generator, Sequence) else [generator] * len(names)
         for name, text, vector, source in zip(names, texts, samples, generators, strict=True):
@@ -234,39 +291,63 @@ class AdapterMixin:
             if kwargs:
                 raise ValueError("base_model_kwargs are for a base that is loaded here; this base_model is a model already.")
             return base_model
-        if base_model is not None:
-            revision = self.layout.revision if str(base_model) == self.layout.base_model_name_or_path else None
-            return load_base(self.layout, str(base_model), revision, **(kwargs or {}))
-        if kwargs:
-            return load_base(self.layout, *self._own_base(), **kwargs)
+        if not isinstance(base_model, str | os.PathLike | None):
+            raise ValueError(
+                f"base_model is a {type(base_model).__name__}, must be an id, a folder, a PreTrainedModel or a PeftModel; of a compiled"
+                " model pass the model that was compiled."
+            )
+        with LOADING:
+            if base_model is not None:
+                revision = self.layout.revision if str(base_model) == self.layout.base_model_name_or_path else None
+                return load_base(self.layout, str(base_model), revision, **{**self._source.hub, **(kwargs or {})})
+            if kwargs:
+                return load_base(self.layout, *self._own_base(), **{**self._source.hub, **kwargs})
         return share_tensors(self.load_base())
 
     def load_base(self) -> PreTrainedModel:
-        """The base model that this generator was trained for, loaded once.
+        """The base model that this generator was trained for, loaded once, however many threads ask for it.
 
         Returns:
             `PreTrainedModel`: Keep it free of adapters: what `generate_adapter` returns is copied from it.
 
         Raises:
-            `ValueError`: If the generator names no base.
+            `ValueError`: If the generator names no base, or comes from a repo and names a folder of this machine.
         """
-        if "base" not in self._lazy:
-            self._lazy["base"] = load_base(self.layout, *self._own_base())
-        return self._lazy["base"]
+        with LOADING:
+            if "base" not in self._lazy:
+                self._lazy["base"] = load_base(self.layout, *self._own_base(), **self._source.hub)
+            return self._lazy["base"]
 
     def _own_base(self) -> tuple[str, str | None]:
         if self.config.base_model_subfolder:
             return str(self._resolve(self.config.base_model_subfolder)), None
-        if self.layout.base_model_name_or_path is None:
+        name = self.layout.base_model_name_or_path
+        if name is None:
             raise ValueError("This generator names no base model: pass base_model= (an id, a folder or a model).")
-        return self.layout.base_model_name_or_path, self.layout.revision
+        if self._source.on_hub and (os.path.exists(name) or is_local(name)):
+            raise ValueError(f"{self._source['name']} names the base model {name!r}, a place on this machine: pass base_model=.")
+        return name, self.layout.revision
 
     def _resolve(self, folder: str) -> Path:
-        """The local path of a folder that travels with this generator; downloaded, and inside its repo, where that is on the Hub."""
-        options = dict(self._source)
-        if "name" not in options:
+        """The local path of a folder that travels with this generator; downloaded, of the generator's own commit, where that is on the
+        Hub."""
+        source = self._source
+        if "name" not in source:
             raise ValueError(f"The generator's {folder}/ is found only after save_pretrained and from_pretrained.")
-        if not os.path.isdir(options["name"]) and (".." in Path(folder).parts or Path(folder).is_absolute()):
-            raise ValueError(f"{options['name']} names the folder {folder!r}, outside its own repo: it is not followed there.")
-        path = os.path.join(options.pop("subfolder", ""), folder)
-        return resolve(options.pop("name"), allow_patterns=[f"{path}/*"], **options) / path
+        path = os.path.join(source.get("subfolder", ""), folder)
+        if source.on_hub:
+            if ".." in Path(folder).parts or Path(folder).is_absolute():
+                raise ValueError(f"{source['name']} names the folder {folder!r}, outside its own repo: it is not followed there.")
+            options = {**source.hub, "revision": source.get("revision")}
+            return inside(resolve(source["name"], allow_patterns=[f"{path}/*"], **options), path)
+        own = Path(source["name"], source.get("subfolder", ""))
+        # The bundled generators share an encoder, which lies beside them in this package.
+        if own.resolve().is_relative_to(PACKAGE):
+            return inside(PACKAGE, own.resolve() / folder)
+        return inside(own, folder)
+
+
+def _words(text: str) -> str:
+    """The words of a text, joined by `_`, as the name of an adapter."""
+    words = re.sub(r"\W+", "_", str(text)).strip("_").encode()
+    return words[:MAX_NAME_BYTES].decode(errors="ignore")

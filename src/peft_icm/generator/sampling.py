@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,13 +24,19 @@ def as_conditions(condition: Tensor, num_samples: int, temperature: float, dim: 
         `Tensor`: `[n * num_samples, d]`.
 
     Raises:
-        `ValueError`: If the shape, `num_samples` or `temperature` does not fit.
+        `ValueError`: If the task vectors are no finite real numbers, or the shape, `num_samples` or `temperature` does not fit.
     """
+    if not isinstance(condition, Tensor):
+        raise ValueError(f"Expected task vectors as a torch.Tensor, found {type(condition).__name__}.")
     rows = condition[None] if condition.ndim == 1 else condition
-    if rows.ndim != 2 or (dim is not None and rows.shape[1] != dim):
+    if rows.ndim != 2 or not len(rows) or (dim is not None and rows.shape[1] != dim):
         raise ValueError(f"Expected task vectors of shape (n, {dim or 'd'}), found {tuple(condition.shape)}.")
-    if temperature < 0 or num_samples < 1:
-        raise ValueError(f"temperature={temperature} must be >= 0 and num_samples={num_samples} >= 1.")
+    if condition.is_complex() or condition.dtype == torch.bool or not condition.isfinite().all():
+        raise ValueError(f"Expected task vectors of finite real numbers, found NaN, infinite or other values of {condition.dtype}.")
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not math.isfinite(temperature) or temperature < 0:
+        raise ValueError(f"temperature={temperature!r} must be a finite number >= 0.")
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples={num_samples!r} must be an integer >= 1.")
     return rows.repeat_interleave(num_samples, 0)
 
 
@@ -46,8 +53,12 @@ def draw_noise(count: int, size: int, generator: Generators, device: torch.devic
         `Tensor`: `[count, size]` fp32.
 
     Raises:
-        `ValueError`: If a list does not have one generator for each row.
+        `ValueError`: If `generator` is neither a `torch.Generator` nor a list of one for each row.
     """
+    given = generator if isinstance(generator, Sequence) else [] if generator is None else [generator]
+    wrong = next((g for g in given if not isinstance(g, torch.Generator)), None)
+    if isinstance(generator, str) or wrong is not None:
+        raise ValueError(f"generator={generator!r} must be a torch.Generator or a list of them: torch.Generator().manual_seed(0).")
     if isinstance(generator, Sequence):
         if len(generator) != count:
             raise ValueError(f"Expected one torch.Generator or {count}, found {len(generator)}.")
