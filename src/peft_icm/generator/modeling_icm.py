@@ -26,7 +26,7 @@ from .sampling import Generators, as_conditions, draw_noise
 from .weights import check_weights, weight_files, weight_names
 
 ENCODER_FOLDER = "encoder"
-_OWN_FILES = ("config.json", "*.safetensors", "*.index*.json")
+_OWN_FILES = ("config.json", "model*.safetensors", "model.safetensors.index*.json")  # not those of encoder/ and base_model/
 _PUSH = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
@@ -245,16 +245,13 @@ class ICMGenerator(AdapterMixin, PreTrainedModel):
         given = {option: value for option in names if (value := kwargs.pop(option, None)) is not None}
         root = resolve(name, allow_patterns=[str(PurePosixPath(subfolder, file)) for file in _OWN_FILES], **given)
         folder = inside(root, subfolder) if subfolder else root
-        if not isinstance(config, ICMConfig):
-            fields = {field: kwargs.pop(field) for field in ICMConfig.__annotations__ if field in kwargs}
-            config = ICMConfig.from_pretrained(config or folder, **fields)
-        with torch.device("meta"):
-            expected = cls(config).state_dict()
-        found = check_weights(weight_files(folder, variant), expected)
-        if config.weights_sha256 not in (None, found):
+        fields = {field: kwargs.pop(field) for field in ICMConfig.__annotations__ if field in kwargs}
+        own: ICMConfig = config if isinstance(config, ICMConfig) else ICMConfig.from_pretrained(config or folder, **fields)
+        found = check_weights(weight_files(folder, variant), _expected(own))
+        if own.weights_sha256 not in (None, found):
             raise ValueError(f"The weights in {folder} are not those that its config.json was saved with: download or save it again.")
         with LOADING:
-            loaded = super().from_pretrained(folder, *model_args, config=config, variant=variant, **{**kwargs, "use_safetensors": True})
+            loaded = super().from_pretrained(folder, *model_args, config=own, variant=variant, **{**kwargs, "use_safetensors": True})
         generator = loaded[0] if isinstance(loaded, tuple) else loaded
         generator.config.weights_sha256 = None  # of what is on disk
         generator.config.name_or_path = generator.name_or_path = name
@@ -329,12 +326,8 @@ class ICMGenerator(AdapterMixin, PreTrainedModel):
         for field, value in changes.items():
             setattr(config, field, value)
         if any(folder.glob("model*.safetensors")):
-            config.weights_sha256 = check_weights(weight_files(folder, kwargs.get("variant")), self._expected())
+            config.weights_sha256 = check_weights(weight_files(folder, kwargs.get("variant")), _expected(self.config))
         config.save_pretrained(folder)
-
-    def _expected(self) -> dict[str, Tensor]:
-        with torch.device("meta"):
-            return type(self)(self.config).state_dict()
 
     def _local_base(self, download: bool) -> str | None:
         """The folder of the base model, if it has one on this machine."""
@@ -423,6 +416,12 @@ class ICMGenerator(AdapterMixin, PreTrainedModel):
             create_pr=create_pr,
             overwrite_card=overwrite_card,
         )
+
+
+def _expected(config: ICMConfig) -> dict[str, Tensor]:
+    """The tensors of a generator of this config, on the meta device: names and shapes at no cost."""
+    with torch.device("meta"):
+        return ICMGenerator(config).state_dict()
 
 
 def _check_safe(safe_serialization: bool) -> None:
