@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny import FLORENCE_TARGETS, filled, florence, llama, llama_layout, llama_lora
 from torch import nn
 
-from peft_icm import AdapterLayout, fidelity
+from peft_icm import AdapterLayout
+from peft_icm.adapters import fidelity
 from peft_icm.adapters.attach import attach
 from peft_icm.adapters.fidelity import compare_adapters, cosine, distances, inner_products, norms, relative_error
 from peft_icm.evaluation.metrics import metric_path

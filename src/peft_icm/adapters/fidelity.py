@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -46,16 +44,10 @@ def _factors(layout: AdapterLayout) -> Iterator[_Factors]:
     ends = list(itertools.accumulate(layout.sizes))
     places = {key: slice(end - size, end) for key, size, end in zip(layout.keys, layout.sizes, ends, strict=True)}
     shapes = dict(zip(layout.keys, layout.shapes, strict=True))
-    config = layout.lora_config()
-    alphas = config.alpha_pattern or {}
     keys = [key for key in layout.keys if ".lora_A" in key or ".lora_embedding_A" in key]
-    for key, module in zip(keys, layout.modules, strict=True):
+    for key, scaling in zip(keys, layout.scales, strict=True):
         partner = key.replace(".lora_A", ".lora_B").replace(".lora_embedding_A", ".lora_embedding_B")
-        if partner not in shapes:
-            raise ValueError(f"{key} has no partner {partner}: save the adapter again.")
         rank = shapes[key][0]
-        alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
-        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         yield _Factors(places[key], places[partner], rank, rank // shapes[partner][1], scaling)
 
 
@@ -84,7 +76,7 @@ def inner_products(layout: AdapterLayout, first: Tensor, second: Tensor) -> Tens
         `Tensor`: `[n, m]`, in double precision, on the device of the adapters.
 
     Raises:
-        `ValueError`: If a stack is not of shape `[n, P]`, or a matrix of the layout has no partner.
+        `ValueError`: If a stack is not of shape `[n, P]`.
 
     Example:
 

@@ -6,11 +6,10 @@ import bisect
 import hashlib
 import itertools
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -18,57 +17,28 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-PREFIX = "base_model.model."
-KeyMap = Sequence[tuple[str, str]]
-T = TypeVar("T")
+from .functional import normal_config, scales
+from .tensors import PREFIX, KeyMap, check_tensors, expected_shape, map_keys, module_of, natural, ranks_of
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-# What makes two LoRA configurations different functions of the same tensors; the rest (dropout, init, ...) only matters in training.
-_FUNCTIONAL = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
-_ABOUT_THE_BASE = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode")
-_PARAMETER = re.compile(r"\.lora_(?:embedding_)?[AB](?:\.weight)?$")
-_IN_OUT = (
-    ("in_features", "out_features"),
-    ("in_channels", "out_channels"),
-    ("num_embeddings", "embedding_dim"),
-    ("nx", "nf"),  # transformers' Conv1D
-)
-
-
-def _natural(key: str) -> list[tuple[int, int | str]]:
-    """Sort key that puts `layers.2` before `layers.10`: safetensors files come back in alphabetical order."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", key) if part]
-
-
-def map_keys(tensors: Mapping[str, T], key_map: KeyMap) -> dict[str, T]:
-    """Rename the tensors of an adapter that was trained on another module tree of the same model.
-
-    Args:
-        tensors (`Mapping`): By their keys.
-        key_map (`Sequence[tuple[str, str]]`): (regex, replacement) pairs, applied to each key in turn as `re.sub` does. A key that
-            becomes empty is left out.
-
-    Returns:
-        `dict`: The same values by their new keys.
-    """
-    mapped = {}
-    for key, value in tensors.items():
-        for pattern, replacement in key_map:
-            key = re.sub(pattern, replacement, key)
-        if key:
-            mapped[key] = value
-    return mapped
 
 
 def _json_config(config: LoraConfig) -> dict[str, Any]:
-    """The fields of `config` that differ from peft's defaults, JSON-able and in a fixed order."""
-    default = LoraConfig().to_dict()
-    kept: dict[str, Any] = {"peft_type": "LORA"}
-    for name, value in sorted(config.to_dict().items()):
-        if name in _ABOUT_THE_BASE or (value == default[name] and name not in _FUNCTIONAL):
-            continue
-        kept[name] = sorted(value) if isinstance(value, set | frozenset) else value
-    return json.loads(json.dumps(kept, default=str))
+    """The fields of a configuration as its adapter_config.json has them."""
+    return json.loads(json.dumps(config.to_dict(), default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The fields of a folder's adapter_config.json."""
+    file = folder / "adapter_config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is missing or no JSON ({error}). Save the adapter again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold a JSON object, found a {type(values).__name__}. Save the adapter again.")
+    return values
 
 
 @dataclass(frozen=True)
@@ -144,7 +114,9 @@ class AdapterLayout:
             `ValueError`: If a key is not a LoRA matrix, or dtypes are mixed or not one of fp32, bf16 and fp16.
         """
         dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()}
-        return cls._build({key: tuple(tensor.shape) for key, tensor in state_dict.items()}, dtypes, config, base_model_class)
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"Only LoRA adapters have a layout, found {type(config).__name__}.")
+        return cls._build({key: tuple(tensor.shape) for key, tensor in state_dict.items()}, dtypes, _json_config(config), base_model_class)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, key_map: KeyMap = (), **hub_kwargs: Any) -> AdapterLayout:
@@ -161,48 +133,41 @@ class AdapterLayout:
         """
         from ..hub.files import resolve
 
-        path = resolve(str(folder), allow_patterns=["adapter_*"], **hub_kwargs)
+        path = resolve(str(folder), allow_patterns=["adapter_*", "*/adapter_config.json"], **hub_kwargs)
         weights = path / "adapter_model.safetensors"
         if not weights.is_file():
-            raise ValueError(f"{folder} holds no adapter_model.safetensors: save it with PeftModel.save_pretrained.")
-        config = LoraConfig.from_pretrained(str(path))
+            raise ValueError(f"{folder} holds no adapter_model.safetensors: {_where_instead(path)}")
+        config = _read_config(path)
         try:
             with safe_open(weights, framework="pt") as file:
                 headers = map_keys({key: file.get_slice(key) for key in file.keys()}, key_map)  # noqa: SIM118 - no mapping
                 shapes = {key: tuple(header.get_shape()) for key, header in headers.items()}
                 dtypes = {_SAFETENSORS_DTYPES.get(header.get_dtype(), header.get_dtype()) for header in headers.values()}
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{weights} is not a readable safetensors file ({error}). Save or download it again.") from error
-        base_class = (config.auto_mapping or {}).get("base_model_class")
-        return cls._build(shapes, dtypes, config, base_class)
+        mapping = config.get("auto_mapping")
+        try:
+            return cls._build(shapes, dtypes, config, mapping.get("base_model_class") if isinstance(mapping, dict) else None)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def _build(
-        cls, shapes: Mapping[str, tuple[int, ...]], dtypes: set[str], config: LoraConfig, base_model_class: str | None
+        cls, shapes: Mapping[str, tuple[int, ...]], dtypes: set[str], config: Mapping[str, Any], base_model_class: Any
     ) -> AdapterLayout:
-        if not isinstance(config, LoraConfig):
-            raise ValueError(f"Only LoRA adapters have a layout, found {type(config).__name__}.")
-        if config.r <= 0:
-            raise ValueError(f"The LoRA rank must be a positive integer, found r={config.r}.")
-        if not shapes:
-            raise ValueError("The adapter holds no tensors.")
-        for key in shapes:
-            if not _PARAMETER.search(key):
-                raise ValueError(
-                    f"{key} is not a LoRA matrix. Save the adapter without DoRA, trained biases or modules_to_save, and with"
-                    " save_embedding_layers=False."
-                )
-        if len(dtypes) != 1 or not dtypes <= _DTYPES.keys():
+        if len(dtypes) > 1 or not dtypes <= _DTYPES.keys():
             raise ValueError(f"All tensors must share one dtype of {sorted(_DTYPES)}, found {sorted(dtypes)}.")
-        keys = tuple(sorted(shapes, key=_natural))
-        return cls(
-            keys=keys,
-            shapes=tuple(tuple(shapes[key]) for key in keys),
-            dtype=dtypes.pop(),
-            peft_config=_json_config(config),
-            base_model_class=base_model_class,
-            base_model_name_or_path=config.base_model_name_or_path or None,
-            revision=config.revision,
+        keys = sorted(shapes, key=natural)
+        return cls.from_dict(
+            {
+                "keys": keys,
+                "shapes": [shapes[key] for key in keys],
+                "dtype": next(iter(dtypes), "float32"),
+                "peft_config": config,
+                "base_model_class": base_model_class,
+                "base_model_name_or_path": config.get("base_model_name_or_path") or None,
+                "revision": config.get("revision"),
+            }
         )
 
     # ------------------------------------------------------------------ what it says
@@ -229,7 +194,7 @@ class AdapterLayout:
     @property
     def modules(self) -> list[str]:
         """Names of the base's modules that carry a LoRA, in the order of `keys`."""
-        return list(dict.fromkeys(_PARAMETER.sub("", key).removeprefix(PREFIX) for key in self.keys))
+        return list(dict.fromkeys(module_of(key) for key in self.keys))
 
     def key_at(self, index: int) -> str:
         """The key of the tensor that coordinate `index` of a vector belongs to."""
@@ -238,17 +203,28 @@ class AdapterLayout:
     def difference(self, other: AdapterLayout) -> str:
         """The first thing in which `other` differs, in words: key, expected and found shape, or a field of the configuration."""
         mine, theirs = dict(zip(self.keys, self.shapes, strict=True)), dict(zip(other.keys, other.shapes, strict=True))
-        for key in sorted(mine.keys() | theirs.keys(), key=_natural):
+        for key in sorted(mine.keys() | theirs.keys(), key=natural):
             if mine.get(key) != theirs.get(key):
                 return f"{key}: expected shape {mine.get(key, 'none')}, found {theirs.get(key, 'none')}"
-        name = next(name for name in _FUNCTIONAL if self.peft_config.get(name) != other.peft_config.get(name))
-        return f"{name}: expected {self.peft_config.get(name)}, found {other.peft_config.get(name)}"
+        for name in ("lora_alpha", "use_rslora", "alpha_pattern"):
+            if self.peft_config.get(name) != other.peft_config.get(name):
+                return f"{name}: expected {self.peft_config.get(name)}, found {other.peft_config.get(name)}"
+        return "nothing"
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of each module's LoRA, in the order of [`~AdapterLayout.modules`]."""
+        return ranks_of(self.keys, self.shapes)
+
+    @property
+    def scales(self) -> list[float]:
+        """s of each module, in the order of [`~AdapterLayout.modules`]: the update of its weight is s BA."""
+        return scales(self.peft_config, self.ranks)
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest over keys, shapes and what the LoRA configuration computes; dtype and base id do not enter."""
-        functional = {name: self.peft_config.get(name) for name in _FUNCTIONAL}
-        text = json.dumps([self.keys, self.shapes, functional], sort_keys=True)
+        """Hex digest over keys, shapes and the scale of each module, all that makes the function; dtype and base id do not enter."""
+        text = json.dumps([self.keys, self.shapes, self.scales])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def lora_config(self) -> LoraConfig:
@@ -300,7 +276,7 @@ class AdapterLayout:
                 raise ValueError(f"{key}: expected shape {shape}, found {tuple(found.shape)}. The adapter is of another layout.")
             if found.dtype != self.torch_dtype:
                 raise ValueError(f"{key}: expected dtype {self.dtype}, found {found.dtype}. Convert the adapter first.")
-        unknown = sorted(set(state_dict) - set(self.keys), key=_natural)
+        unknown = sorted(set(state_dict) - set(self.keys), key=natural)
         if unknown:
             shape = tuple(state_dict[unknown[0]].shape)
             raise ValueError(f"{unknown[0]}: expected no such key, found shape {shape}. The adapter is of another layout.")
@@ -316,12 +292,13 @@ class AdapterLayout:
         """
         if self.base_model_class and type(base).__name__ != self.base_model_class:
             raise ValueError(f"The adapters are for a {self.base_model_class}, found a {type(base).__name__}.")
+        ranks = self.ranks
         modules = {name: getattr(module, "base_layer", module) for name, module in base.named_modules()}
         for key, shape in zip(self.keys, self.shapes, strict=True):
-            name = _PARAMETER.sub("", key).removeprefix(PREFIX)
+            name = module_of(key)
             if name not in modules:
                 raise ValueError(f"{key}: expected shape {shape}, found no module {name} in the base model.")
-            found = _expected_shape(key, shape, modules[name])
+            found = expected_shape(key, shape, ranks[name], modules[name])
             if found != shape:
                 raise ValueError(f"{key}: expected shape {shape}, found a base model that needs {found}.")
         config, known = self.lora_config(), set(self.modules)
@@ -348,29 +325,43 @@ class AdapterLayout:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterLayout:
-        """Read a layout that [`~AdapterLayout.to_dict`] wrote."""
-        return cls(**{**values, "keys": tuple(values["keys"]), "shapes": tuple(tuple(shape) for shape in values["shapes"])})
+        """Read a layout that [`~AdapterLayout.to_dict`] wrote; whatever makes a layout goes through here.
+
+        Raises:
+            `ValueError`: If a field is missing, unknown or of another type, a key is no LoRA matrix or has no partner, shapes and the
+                configuration's ranks do not fit, or the configuration is of another function than a plain LoRA's.
+        """
+        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+            raise ValueError(f"A layout must be an object, found a {type(values).__name__}.")
+        needed = {"keys", "shapes", "dtype", "peft_config"}
+        if needed - values.keys() or values.keys() - cls.__dataclass_fields__.keys():
+            wrong = sorted(needed - values.keys()) or sorted(values.keys() - cls.__dataclass_fields__.keys())
+            raise ValueError(f"A layout has the fields {', '.join(cls.__dataclass_fields__)}: {wrong[0][:60]!r} is missing or unknown.")
+        keys, shapes = check_tensors(values["keys"], values["shapes"])
+        if not isinstance(values["dtype"], str) or values["dtype"] not in _DTYPES:
+            raise ValueError(f"dtype={str(values['dtype'])[:60]!r} must be one of {sorted(_DTYPES)}.")
+        if not isinstance(values["peft_config"], Mapping):
+            raise ValueError(f"peft_config must be an object, found a {type(values['peft_config']).__name__}.")
+        texts = {name: values.get(name) for name in ("base_model_class", "base_model_name_or_path", "revision")}
+        for name, text in texts.items():
+            if not (text is None or (isinstance(text, str) and len(text) <= 4096 and text.isprintable())):
+                raise ValueError(f"{name}={str(text)[:60]!r} must be a string or null.")
+        return cls(keys, shapes, values["dtype"], normal_config(values["peft_config"], ranks_of(keys, shapes)), **texts)
 
 
 def same_function(config: LoraConfig, layout: AdapterLayout) -> bool:
     """Whether an adapter of this configuration computes the same function of the same tensors as one of `layout`."""
-    return all(getattr(config, name) == layout.peft_config.get(name) for name in _FUNCTIONAL)
+    try:
+        return scales(normal_config(_json_config(config), layout.ranks), layout.ranks) == layout.scales
+    except ValueError:
+        return False
 
 
-def _expected_shape(key: str, shape: tuple[int, ...], module: nn.Module) -> tuple[int, ...]:
-    """The shape that the LoRA matrix `key` of rank and kernel as in `shape` must have on `module`."""
-    for names in _IN_OUT:
-        if all(name in module.__dict__ for name in names):
-            inputs, outputs = (getattr(module, name) for name in names)
-            break
-    else:
-        raise ValueError(f"{key}: expected a linear, convolution or embedding module, found {type(module).__name__}.")
-    if ".lora_embedding_A" in key:
-        return (shape[0], inputs)
-    if ".lora_embedding_B" in key:
-        return (outputs, shape[1])
-    if ".lora_A" in key:
-        kernel = module.kernel_size if isinstance(module, nn.Conv2d) else ()
-        groups = module.groups if isinstance(module, nn.Conv2d) else 1
-        return (shape[0], inputs // groups, *kernel)
-    return (outputs, shape[1], *shape[2:])
+def _where_instead(path: Path) -> str:
+    """What to do with a folder that has no weights in safetensors: where they lie, or how they are converted."""
+    if (path / "adapter_model.bin").is_file():
+        return "convert its adapter_model.bin: load it with PeftModel.from_pretrained and save it with save_pretrained."
+    named = sorted(file.parent.name for file in path.glob("*/adapter_config.json"))
+    if named:
+        return f"its adapters lie in {', '.join(f'{name}/' for name in named[:5])}: name that folder."
+    return "save it with PeftModel.save_pretrained."
