@@ -86,6 +86,9 @@ class TestAnnotatedImage:
         with pytest.raises(ValueError, match=rf"a\.png:? {message}"):
             AnnotatedImage("a.png", boxes, labels)
         assert AnnotatedImage("a.png", [[0, 0, 4, 4]], "cat").labels == ["cat"]
+        for image in (None, 3):
+            with pytest.raises(ValueError, match=f"image={image} must be a PIL image or the path"):
+                AnnotatedImage(image)
 
     def test_tasks_can_be_sent_to_workers(self):
         again = pickle.loads(pickle.dumps(task()))

@@ -51,8 +51,8 @@ class AnnotatedImage:
         labels (`list[str]`): N labels.
 
     Raises:
-        `ValueError`: If a box is not four finite numbers `x1 <= x2, y1 <= y2`, a label is no string, or there are more of one than of the
-            other.
+        `ValueError`: If the image is neither, a box is not four finite numbers `x1 <= x2, y1 <= y2`, a label is no string, or there are more
+            of one than of the other.
 
     Example:
 
@@ -68,6 +68,8 @@ class AnnotatedImage:
     labels: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.image, str | os.PathLike | PIL.Image.Image):
+            raise ValueError(f"image={self.image!r:.80} must be a PIL image or the path of a picture's file.")
         self.labels = strings(self.labels, f"{self._name}: labels")
         try:
             self.boxes = [[float(value) for value in box] for box in self.boxes]

@@ -94,12 +94,9 @@ class LanguageModelingTask:
             [`TokenBlocks`]
 
         Raises:
-            `ValueError`: If the texts do not fill one block, a number is too small, or a block is longer than the tokenizer says that the
-                model reads.
+            `ValueError`: If the texts do not fill one block, or a number is too small.
         """
         at_least(2, block_size=block_size)  # a token is predicted from those before it
-        if block_size > tokenizer.model_max_length:
-            raise ValueError(f"block_size={block_size} is more than the {tokenizer.model_max_length} tokens that the model reads at once.")
         start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         ids: list[int] = []
