@@ -51,8 +51,8 @@ class AnnotatedImage:
         labels (`list[str]`): N labels.
 
     Raises:
-        `ValueError`: If the image is neither, a box is not four finite numbers `x1 <= x2, y1 <= y2`, a label is no string, or there are more
-            of one than of the other.
+        `ValueError`: If the image is neither, a box is not four finite numbers `x1 <= x2, y1 <= y2`, a label is no string, or there are
+            more of one than of the other.
 
     Example:
 
