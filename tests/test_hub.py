@@ -55,7 +55,7 @@ def test_one_commit_there_and_back(hub, token, tmp_path, layout):
 
 
 def test_a_local_base_travels_and_is_found(hub, token, tmp_path, local_base):
-    local_base.push_to_hub(REPO, token=token)
+    local_base.push_to_hub(REPO, token=token, with_base_model=True)
     assert len(commits(hub)) == 1
     files = hub.repos["models", REPO].files()
     assert "base_model/model.safetensors" in files

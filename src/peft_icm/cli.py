@@ -1,50 +1,46 @@
-"""The command line: peft-icm demo | collect | train | generate | evaluate | push."""
+"""The command line: peft-icm demo | collect | train | generate | evaluate | push.
+
+What is heavy is imported by the verb that needs it, so that help and wrong options need not wait for torch.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-import transformers
-from peft import LoraConfig
-from transformers import AutoProcessor, PrinterCallback
+from . import __version__, cli_options
+from .cli_options import chosen
 
-from . import __version__
-from .adapters.collection import AdapterCollection
-from .adapters.saving import push_adapter, save_adapter
-from .bundled import bundled_encoder, bundled_generator
-from .collecting import CollectingArguments, collect
-from .conditioning import ENCODERS, ClipEncoder, TaskEncoder
-from .demo.run import SENTENCES, run_demo
-from .evaluation.detection import DetectionEvaluation, evaluate_detection
-from .evaluation.memorisation import memorisation_report
-from .evaluation.text import Evaluation, evaluate_generator
-from .generator.configuration_icm import ARCHITECTURES, ICMConfig
-from .generator.modeling_icm import ICMGenerator
-from .tasks import load_tasks
-from .tasks.annotated_images import crops
-from .tasks.detection import DetectionTask
-from .training.arguments import ICMTrainingArguments
-from .training.trainer import ICMTrainer
+if TYPE_CHECKING:
+    from .adapters.collection import AdapterCollection
+    from .conditioning import TaskEncoder
+    from .generator.modeling_icm import ICMGenerator
 
 BUNDLED = "bundled:"
+ADAPTER, COLLECTION, GENERATOR = "adapter_config.json", "collection.json", "config.json"  # what tells a folder of each kind
 
 
 def _generator(name: str, **kwargs: Any) -> ICMGenerator:
     """`bundled:text`, a folder or a Hub id."""
+    from .bundled import bundled_generator
+    from .generator.modeling_icm import ICMGenerator
+
     name = bundled_generator(name.removeprefix(BUNDLED)) if name.startswith(BUNDLED) else name
     return ICMGenerator.from_pretrained(name, **kwargs)
 
 
 def _encoder(name: str) -> TaskEncoder:
     """`bundled:text`, or `kind:checkpoint`."""
+    from .bundled import bundled_encoder
+    from .conditioning import ENCODERS, ClipEncoder
+
     if name == f"{BUNDLED}text":
         return ClipEncoder.from_pretrained(bundled_encoder())
     kind, _, checkpoint = name.partition(":")
@@ -53,14 +49,41 @@ def _encoder(name: str) -> TaskEncoder:
     return ENCODERS[kind].from_pretrained(checkpoint)
 
 
+def _check_folder(output: str, mark: str) -> None:
+    """Refuse before the work what could not be written after it: `output` is new, empty, or an older folder of the same kind."""
+    folder = Path(output)
+    if folder.is_dir():
+        if any(folder.iterdir()) and not (folder / mark).is_file():
+            raise ValueError(f"--output {output} holds files of something else (no {mark}): choose a new or an empty folder.")
+    elif os.path.lexists(folder):
+        raise ValueError(f"--output {output} is no folder: choose a new or an empty folder.")
+    _check_writable(folder)
+
+
+def _check_writable(path: Path) -> None:
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not (there.is_dir() or there == path) or not os.access(there, os.W_OK):
+        raise OSError(f"--output {path} cannot be written: {there} is no folder that you may write to.")
+
+
 # ---------------------------------------------------------------------- verbs; each returns what --json prints
 def demo(args: argparse.Namespace) -> dict[str, Any]:
     """Bundled generator, bundled text or pictures: a sentence becomes an adapter."""
-    return run_demo(args.output, args.task, quiet=args.json)
+    _check_folder(args.output, "adapter/adapter_config.json")
+    from .demo.run import run_demo
+
+    return run_demo(args.output, args.task, full=args.full, quiet=args.json)
 
 
 def collect_(args: argparse.Namespace) -> dict[str, Any]:
     """One LoRA per task; a second start goes on where the first was stopped."""
+    _check_folder(args.output, COLLECTION)
+    from peft import LoraConfig
+
+    from .collecting import CollectingArguments, collect
+    from .tasks import load_tasks
+    from .tasks.detection import DetectionTask
+
     tasks = load_tasks(args.tasks)
     detection = isinstance(tasks[0], DetectionTask)
     targets = args.target_modules[0] if args.target_modules == ["all-linear"] else args.target_modules
@@ -69,17 +92,7 @@ def collect_(args: argparse.Namespace) -> dict[str, Any]:
     pictures = {"location_step": args.location_step, "negatives": args.negatives, "images_per_epoch": args.blocks_per_epoch}
     texts = {"block_size": args.block_size, "blocks_per_epoch": args.blocks_per_epoch}
     recipe = CollectingArguments(
-        output_dir=f"{args.output}.work",
-        num_train_epochs=args.epochs,
-        num_snapshots=args.snapshots,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type=args.lr_scheduler_type,
-        per_device_train_batch_size=args.batch_size,
-        dtype=args.dtype,
-        dataset_kwargs=pictures if detection else texts,
-        seed=args.seed,
-        num_workers=args.num_workers,
-        shard=args.shard,
+        output_dir=f"{args.output}.work", dataset_kwargs=pictures if detection else texts, **chosen(args, CollectingArguments)
     )
     collection = collect(args.base_model, tasks, lora, recipe)
     if collection is None:
@@ -92,25 +105,18 @@ def collect_(args: argparse.Namespace) -> dict[str, Any]:
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Train a generator on a collection."""
+    _check_folder(args.output, GENERATOR)
+    from transformers import PrinterCallback
+
+    from .adapters.collection import AdapterCollection
+    from .generator.configuration_icm import ICMConfig
+    from .training.arguments import ICMTrainingArguments
+    from .training.trainer import ICMTrainer
+
     collection = AdapterCollection.from_pretrained(args.collection)
-    encoder = _encoder(args.encoder)
-    tasks = load_tasks(args.tasks) if args.tasks else []
-    pictures = {task.name: crops(task.train_images, task.label, args.pictures) for task in tasks if isinstance(task, DetectionTask)}
-    collection.encode(encoder, images=pictures)
-    config = ICMConfig(
-        architecture=args.architecture,
-        latent_size=args.latent_size,
-        hidden_size=args.hidden_size,
-        num_components=args.num_components,
-        num_conv_layers=args.num_conv_layers,
-        kl_weight=args.kl_weight,
-        context=not args.no_context,
-    )
+    encoder = _encode(args, collection)
     training_args = ICMTrainingArguments(
         output_dir=f"{args.output}.work",
-        num_train_epochs=args.epochs,
-        per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
         seed=args.seed,
         eval_strategy="epoch",
@@ -118,8 +124,10 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         save_total_limit=1,
         logging_strategy="epoch",
         disable_tqdm=args.json,
+        **chosen(args, ICMTrainingArguments),
     )
-    trainer = ICMTrainer(collection, config, training_args, encoder=encoder)
+    config = ICMConfig(context=not args.no_context, **chosen(args, ICMConfig))
+    trainer = ICMTrainer(collection=collection, model=config, args=training_args, encoder=encoder)
     if args.json:
         trainer.remove_callback(PrinterCallback)  # it prints the log on stdout
     # trainer_state.json is written last: a checkpoint without it was cut short
@@ -133,8 +141,37 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     return {"generator": args.output, **figures}
 
 
+def _encode(args: argparse.Namespace, collection: AdapterCollection) -> TaskEncoder:
+    """The encoder: --encoder, else the collection's own, else the bundled one. Vectors that are of it already are kept."""
+    from .conditioning import load_task_encoder
+    from .tasks import load_tasks
+    from .tasks.annotated_images import crops
+    from .tasks.detection import DetectionTask
+
+    own = collection.encoder
+    if own and not args.encoder:
+        encoder = load_task_encoder(own, from_hub=not Path(args.collection).is_dir())
+    else:
+        encoder = _encoder(args.encoder or f"{BUNDLED}text")
+    tasks = load_tasks(args.tasks) if args.tasks else []
+    pictures = {task.name: crops(task.train_images, task.label, args.pictures) for task in tasks if isinstance(task, DetectionTask)}
+    had = set(collection.task_vectors) == set(collection.tasks)
+    if had and own and own["sha256"] == encoder.config["sha256"] and not pictures:
+        _say(args, f"Task vectors: the collection's own, by the {encoder.kind} encoder {encoder.config['checkpoint']}.")
+        return encoder
+    collection.encode(encoder, images=pictures)
+    instead = " in the place of the collection's own" if had else ""
+    _say(args, f"Task vectors{instead}: by the {encoder.kind} encoder {encoder.config['checkpoint']}.")
+    return encoder
+
+
 def generate(args: argparse.Namespace) -> dict[str, Any]:
     """A sentence (or examples, or pictures) becomes a PEFT folder."""
+    _check_folder(args.output, ADAPTER)
+    import torch
+
+    from .adapters.saving import save_adapter
+
     generator = _generator(args.generator, revision=args.revision, token=args.token)
     model = generator.generate_adapter(
         args.text,
@@ -145,19 +182,27 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         generator=torch.Generator().manual_seed(args.seed),
     )
     folder = save_adapter(model, args.output)
-    _say(args, f"{folder}: {generator.layout.numel:,} numbers for {model.peft_config['default'].base_model_name_or_path}")
     base = model.peft_config["default"].base_model_name_or_path
-    return {
-        "adapter": str(folder.resolve()),
-        "base_model": base,
-        "text": args.text,
-        "seed": args.seed,
-        "numel": generator.layout.numel,
-    }
+    _say(args, f"{folder}: {generator.layout.numel:,} numbers for {base}")
+    numel = generator.layout.numel
+    return {"adapter": str(folder.resolve()), "base_model": base, "text": args.text, "seed": args.seed, "numel": numel}
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Score a generator on held-out text or pictures against each task's own LoRA."""
+    if args.output:
+        if Path(args.output).is_dir() or not Path(args.output).absolute().parent.is_dir():
+            raise ValueError(f"--output {args.output} must be a JSON file in a folder that exists.")
+        _check_writable(Path(args.output))
+    from transformers import AutoProcessor
+
+    from .adapters.collection import AdapterCollection
+    from .disk import replacing_file
+    from .evaluation.detection import DetectionEvaluation, evaluate_detection
+    from .evaluation.text import Evaluation, evaluate_generator
+    from .tasks import load_tasks
+    from .tasks.detection import DetectionTask
+
     generator = _generator(args.generator)
     collection = AdapterCollection.from_pretrained(args.collection)
     processor = AutoProcessor.from_pretrained(generator.load_base().name_or_path)
@@ -171,9 +216,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         report = evaluate_generator(generator, processor, tasks, own, **options)
     result = report.to_dict()
     if args.output:
-        temporary = Path(f"{args.output}.part")
-        temporary.write_text(json.dumps(result, indent=1))
-        os.replace(temporary, args.output)
+        with replacing_file(args.output) as file:
+            file.write_text(json.dumps(result, indent=1))
         report.plot(Path(args.output).with_suffix(".png"))
     _say(args, report.table())
     return result
@@ -182,27 +226,35 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 def push(args: argparse.Namespace) -> dict[str, Any]:
     """Push a generator, a generated adapter or a collection to the Hub, with its card."""
     folder = Path(args.folder)
-    options = {"private": args.private or None, "revision": args.revision, "create_pr": args.create_pr, "token": args.token}
-    other = {"collection.json": "a collection", "adapter_config.json": "an adapter"}
-    held = next((what for name, what in other.items() if (folder / name).is_file()), None)
-    if args.with_report and held:
-        raise ValueError(f"--with-report is for generators, {folder} holds {held}: push it without.")
-    if (folder / "collection.json").is_file():
-        info = AdapterCollection.from_pretrained(folder).push_to_hub(args.repo_id, **options)
-    elif (folder / "adapter_config.json").is_file():
-        info = push_adapter(folder, args.repo_id, **options)
-    elif (folder / "config.json").is_file():
-        generator = ICMGenerator.from_pretrained(folder)
-        report = _memorisation(generator, args.with_report, args.token) if args.with_report else None
-        info = generator.push_to_hub(args.repo_id, report=report, **options)
-    else:
+    held = next((mark for mark in (COLLECTION, ADAPTER, GENERATOR) if (folder / mark).is_file()), None)
+    what = {COLLECTION: "a collection", ADAPTER: "an adapter"}
+    if held is None:
         raise ValueError(f"{folder} holds no generator, no adapter and no collection.")
+    if args.with_report and held in what:
+        raise ValueError(f"--with-report is for generators, {folder} holds {what[held]}: push it without.")
+    if args.with_base_model and held == COLLECTION:
+        raise ValueError(f"--with-base-model is for generators and adapters, {folder} holds a collection: push it without.")
+    options = {"private": args.private or None, "revision": args.revision, "create_pr": args.create_pr, "token": args.token}
+    from .adapters.collection import AdapterCollection
+    from .adapters.saving import push_adapter
+
+    if held == COLLECTION:
+        info = AdapterCollection.from_pretrained(folder).push_to_hub(args.repo_id, **options)
+    elif held == ADAPTER:
+        info = push_adapter(folder, args.repo_id, with_base_model=args.with_base_model, **options)
+    else:
+        generator = _generator(str(folder))
+        report = _memorisation(generator, args.with_report, args.token) if args.with_report else None
+        info = generator.push_to_hub(args.repo_id, report=report, with_base_model=args.with_base_model, **options)
     _say(args, str(info.commit_url))
     return {"repo_id": args.repo_id, "commit": info.oid, "url": str(info.commit_url)}
 
 
 def _memorisation(generator: ICMGenerator, name: str, token: str | None) -> dict[str, Any]:
     """The report from a collection; one that `collect` wrote has no task vectors, the generator's own encoder makes them."""
+    from .adapters.collection import AdapterCollection
+    from .evaluation.memorisation import memorisation_report
+
     collection = AdapterCollection.from_pretrained(name, token=token)
     if not collection.task_vectors and generator.config.encoder:
         collection.encode(generator.encoder)
@@ -211,98 +263,67 @@ def _memorisation(generator: ICMGenerator, name: str, token: str | None) -> dict
 
 def _say(args: argparse.Namespace, line: str) -> None:
     if not args.json:
-        print(line)
+        print(line, flush=True)
 
 
-# ---------------------------------------------------------------------- arguments
-def parser() -> argparse.ArgumentParser:
-    """The parser of all verbs."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    main = argparse.ArgumentParser(prog="peft-icm", description="A sentence in, a native PEFT adapter out.")
-    main.add_argument("--version", action="version", version=__version__)
-    verbs = main.add_subparsers(metavar="VERB", required=True)
+# ---------------------------------------------------------------------- arguments and errors
+VERBS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[[argparse.ArgumentParser], None]]] = {
+    "demo": (demo, cli_options.demo_options),
+    "collect": (collect_, cli_options.collect_options),
+    "train": (train, cli_options.train_options),
+    "generate": (generate, cli_options.generate_options),
+    "evaluate": (evaluate, cli_options.evaluate_options),
+    "push": (push, cli_options.push_options),
+}
 
-    def verb(run: Any, name: str) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=run.__doc__, description=run.__doc__, formatter_class=formatter)
-        added.set_defaults(run=run)
-        added.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else")
-        return added
 
-    p = verb(demo, "demo")
-    p.add_argument("--task", choices=list(SENTENCES), default="text", help="text: a Llama and 18 domains; detection: Florence-2, pictures")
-    p.add_argument("-o", "--output", default="peft-icm-demo", help="folder for the adapter and the report")
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments; only the options of the verb that is called are built, as those of some import torch.
 
-    p = verb(collect_, "collect")
-    p.add_argument("base_model", help="Hub id or folder of the base model")
-    p.add_argument("--tasks", required=True, help="folder with tasks.json and its texts or annotated images")
-    p.add_argument("-o", "--output", required=True, help="folder of the collection; progress is kept in OUTPUT.work")
-    p.add_argument("--rank", type=int, default=2, help="r of the LoRA")
-    p.add_argument("--lora-alpha", type=int, default=4, help="alpha of the LoRA")
-    p.add_argument("--target-modules", nargs="+", default=["q_proj", "v_proj"], help="module names, or all-linear")
-    p.add_argument("--epochs", type=int, default=150, help="epochs for each task")
-    p.add_argument("--snapshots", type=int, default=50, help="K: keep the LoRA of each of the last K epochs")
-    p.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate")
-    p.add_argument("--lr-scheduler-type", default="constant_with_warmup", help="schedule")
-    p.add_argument("--batch-size", type=int, default=8, help="blocks in a batch")
-    p.add_argument("--dtype", default="float32", help="dtype of the frozen base")
-    p.add_argument("--block-size", type=int, default=256, help="tokens in a block")
-    p.add_argument("--blocks-per-epoch", type=int, default=None, help="blocks or images in an epoch, drawn anew in each; by default all")
-    p.add_argument("--location-step", type=int, default=1, help="detection: write so many of Florence-2's location bins as one")
-    p.add_argument("--negatives", type=float, default=0.0, help="detection: images without the class for each image with it")
-    p.add_argument("--seed", type=int, default=0, help="one seed of A and B for all tasks")
-    p.add_argument("--num-workers", type=int, default=1, help="processes that the tasks are spread over")
-    p.add_argument("--shard", default=None, help="i/n: only the i-th of n parts of the tasks, for array jobs")
-
-    p = verb(train, "train")
-    p.add_argument("collection", help="folder or Hub id of an adapter collection")
-    p.add_argument("-o", "--output", required=True, help="folder of the generator; checkpoints are kept in OUTPUT.work")
-    p.add_argument("--tasks", default=None, help="folder of detection tasks: the encoder also sees pictures of their objects")
-    p.add_argument("--pictures", type=int, default=64, help="pictures of each of those tasks")
-    p.add_argument("--encoder", default="bundled:text", help="bundled:text or KIND:CHECKPOINT, e.g. sentence:org/name")
-    p.add_argument("--architecture", choices=ARCHITECTURES, default="principal", help="network of the CVAE")
-    p.add_argument("--latent-size", type=int, default=64, help="size of z")
-    p.add_argument("--hidden-size", type=int, default=256, help="width of the hidden layers")
-    p.add_argument("--num-components", type=int, default=None, help="dimensions of the principal subspace")
-    p.add_argument("--num-conv-layers", type=int, default=12, help="convolutions of the paper's architecture")
-    p.add_argument("--kl-weight", type=float, default=0.005, help="weight of the KL term")
-    p.add_argument("--no-context", action="store_true", help="no attention over the pairs of other tasks")
-    p.add_argument("--epochs", type=int, default=200, help="epochs")
-    p.add_argument("--batch-size", type=int, default=36, help="snapshots in a batch")
-    p.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate")
-    p.add_argument("--seed", type=int, default=0, help="seed of weights and episodes")
-    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT.work")
-
-    p = verb(generate, "generate")
-    p.add_argument("generator", help="Hub id or folder of a generator; bundled:text and bundled:detection are the bundled ones")
-    p.add_argument("text", nargs="?", help="what the adapter is for")
-    p.add_argument("-o", "--output", required=True, help="folder of the adapter")
-    p.add_argument("--example", action="append", help="an example of the task instead of a text; may be repeated")
-    p.add_argument(
-        "--image", metavar="FILE", action="append", help="a picture of the task, instead of a text or beside it; may be repeated"
+    Args:
+        argv (`Sequence[str]`, *optional*): By default `sys.argv[1:]`.
+    """
+    verbs = "\n".join(f"  {name:12}{run.__doc__}" for name, (run, _) in VERBS.items())
+    top = argparse.ArgumentParser(
+        prog="peft-icm",
+        description=f"A sentence in, a native PEFT adapter out.\n\nverbs:\n{verbs}",
+        epilog="peft-icm VERB --help tells the options of a verb.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--base-model", default=None, help="Hub id or folder of the base; by default the generator's own")
-    p.add_argument("--seed", type=int, default=0, help="seed of z")
-    p.add_argument("--temperature", type=float, default=1.0, help="standard deviation of z")
-    p.add_argument("--revision", default=None, help="revision of the generator's repo")
-    p.add_argument("--token", default=None, help="access token; by default the stored one")
+    top.add_argument("--version", action="version", version=__version__)
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    top.add_argument("verb", choices=VERBS, metavar="VERB", help="what to do")
+    top.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    first = top.parse_args(argv)
+    run, options = VERBS[first.verb]
+    p = argparse.ArgumentParser(
+        prog=f"peft-icm {first.verb}", description=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    p.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else")
+    p.add_argument("--debug", action="store_true", default=first.debug, help="show the traceback of an error")
+    options(p)
+    p.set_defaults(run=run)
+    return p.parse_intermixed_args(first.rest)
 
-    p = verb(evaluate, "evaluate")
-    p.add_argument("generator", help="Hub id or folder of a generator; bundled:text and bundled:detection are the bundled ones")
-    p.add_argument("--tasks", required=True, help="folder with tasks.json and held-out texts or annotated images")
-    p.add_argument("--collection", required=True, help="collection whose last snapshots are the own LoRAs")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of z")
-    p.add_argument("--batch-size", type=int, default=16, help="windows or pictures in a forward pass")
-    p.add_argument("-o", "--output", default=None, help="JSON file of the report; a plot is drawn beside it")
 
-    p = verb(push, "push")
-    p.add_argument("folder", help="folder of a generator, an adapter or a collection")
-    p.add_argument("repo_id", help="org/name")
-    p.add_argument("--with-report", metavar="COLLECTION", default=None, help="tell in a generator's card how near it is to these LoRAs")
-    p.add_argument("--private", action="store_true", help="create a private repo")
-    p.add_argument("--revision", default=None, help="branch")
-    p.add_argument("--create-pr", action="store_true", help="open a pull request")
-    p.add_argument("--token", default=None, help="access token; by default the stored one")
-    return main
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: ends what Ctrl-C ends."""
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise _Terminated
+
+
+def _errors_of_users() -> tuple[type[Exception], ...]:
+    """What a person can cause, and no bug: everything that libraries raise for files and answers that are wrong."""
+    from pickle import UnpicklingError
+
+    from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+    from PIL.Image import DecompressionBombError
+    from safetensors import SafetensorError
+
+    known = (HfHubHTTPError, StrictDataclassError, SafetensorError, DecompressionBombError, UnpicklingError)
+    return (ValueError, OSError, RuntimeError, *known)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -312,22 +333,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): By default `sys.argv[1:]`.
 
     Returns:
-        `int`: Exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C.
+        `int`: Exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C, 143 for SIGTERM.
     """
-    args = parser().parse_args(argv)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    args = parse(argv)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", message=".*(shares its weight|tie_word_embeddings)")  # no verb merges
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft reads it
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         result = args.run(args)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("peft-icm: stopped; what was finished is kept.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, RuntimeError) as error:
+        return 143 if isinstance(stop, _Terminated) else 130
+    except _errors_of_users() as error:
+        if args.debug:
+            raise
         print(f"peft-icm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if args.json:
         print(json.dumps(result))
     return 0

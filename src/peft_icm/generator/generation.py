@@ -25,7 +25,6 @@ from .sampling import Generators, as_conditions
 
 # One for the process: transformers sets the process's default dtype while it builds a model.
 LOADING = threading.RLock()
-PACKAGE = Path(__file__).parents[1]
 
 
 class Source(dict[str, Any]):
@@ -341,10 +340,8 @@ class AdapterMixin:
             options = {**source.hub, "revision": source.get("revision")}
             return inside(resolve(source["name"], allow_patterns=[f"{path}/*"], **options), path)
         own = Path(source["name"], source.get("subfolder", ""))
-        # The bundled generators share an encoder, which lies beside them in this package.
-        if own.resolve().is_relative_to(PACKAGE):
-            return inside(PACKAGE, own.resolve() / folder)
-        return inside(own, folder)
+        # Generators on this machine may share an encoder that lies beside them, as the bundled ones do; whatever it is, its hash is checked.
+        return own / folder if folder == (self.config.encoder or {}).get("folder") else inside(own, folder)
 
 
 def _words(text: str) -> str:
