@@ -1,16 +1,18 @@
 """AdapterCollection: made from LoRAs that exist, saved, loaded, refused; and the gauge."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from tiny import florence_lora, llama_layout, llama_lora
 
 from peft_icm import AdapterCollection
-from peft_icm.adapters.gauge import balanced_factors, canonicalize
+from peft_icm.adapters.gauge import align, balanced_factors, canonicalize
 
 
 @pytest.fixture
@@ -68,6 +70,30 @@ class TestGauge:
                 product = before[other].flatten(1) @ before[key].flatten(1)
                 torch.testing.assert_close(after[other].flatten(1) @ after[key].flatten(1), product, rtol=1e-4, atol=1e-4)
 
+    def test_aligned_adapters_of_one_product_are_equal(self):
+        torch.manual_seed(0)
+        shapes = {"m.lora_A.weight": (3, 5), "m.lora_B.weight": (6, 3), "e.lora_embedding_A": (2, 9), "e.lora_embedding_B": (4, 2)}
+        shapes |= {"c.lora_A.weight": (4, 6, 3, 3), "c.lora_B.weight": (8, 2, 1, 1)}  # two groups
+        reference, one = ({key: torch.randn(shape) for key, shape in shapes.items()} for _ in range(2))
+        other = dict(one)
+        for a, b in (("m.lora_A.weight", "m.lora_B.weight"), ("e.lora_embedding_A", "e.lora_embedding_B")):
+            mix = 2 * torch.eye(len(one[a])) + torch.rand(len(one[a]), len(one[a]))
+            other[a], other[b] = mix @ one[a], one[b] @ mix.inverse()
+        other["c.lora_A.weight"], other["c.lora_B.weight"] = one["c.lora_A.weight"] * -4, one["c.lora_B.weight"] / -4
+        first, second = align(one, reference), align(other, reference)
+        for key, value in first.items():
+            torch.testing.assert_close(value, second[key], rtol=1e-3, atol=1e-4)
+        for a, b in (("m.lora_A.weight", "m.lora_B.weight"), ("e.lora_embedding_A", "e.lora_embedding_B")):
+            torch.testing.assert_close(first[b] @ first[a], one[b] @ one[a], rtol=1e-4, atol=1e-4)
+        for group in range(2):
+            (a, b), (a1, b1) = (
+                (t["c.lora_A.weight"].flatten(1).chunk(2)[group], t["c.lora_B.weight"].flatten(1).chunk(2)[group]) for t in (one, first)
+            )
+            torch.testing.assert_close(b1 @ a1, b @ a, rtol=1e-4, atol=1e-4)
+        balanced = canonicalize(one)
+        distance = [sum(float((x[key] - canonicalize(reference)[key]).square().sum()) for key in shapes) for x in (first, balanced)]
+        assert distance[0] < distance[1]
+
 
 class TestDisk:
     def test_there_and_back(self, collection, tmp_path):
@@ -96,7 +122,7 @@ class TestDisk:
         def full(*args, **kwargs):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("peft_icm.collection.save_file", full)
+        monkeypatch.setattr("peft_icm.adapters.collection.save_file", full)
         with pytest.raises(OSError, match="No space left"):
             collection.save_pretrained(tmp_path / "c")
         assert (tmp_path / "c" / "snapshots" / "cats.safetensors").read_bytes() == before
@@ -144,14 +170,16 @@ def test_a_wrong_width_is_refused(collection):
 class TestFromAdapters:
     def test_products_stay(self, tmp_path):
         states = [save_lora(tmp_path / name, seed) for seed, name in enumerate(("cats", "dogs"))]
-        collection = AdapterCollection.from_adapters([tmp_path / "cats", tmp_path / "dogs"], ["about cats", ["about dogs", "dogs"]])
+        collection = AdapterCollection.from_adapters(
+            [tmp_path / "cats", tmp_path / "dogs"], ["about cats", ["about dogs", "dogs"]], gauge=True
+        )
         assert collection.tasks == ["cats", "dogs"] and collection.descriptions["dogs"] == ["about dogs", "dogs"]
         for state, task in zip(states, collection.tasks, strict=True):
             found = collection.layout.unflatten(collection.final(task))
             for key in (key for key in state if "lora_A" in key):
                 other = key.replace("lora_A", "lora_B")
                 torch.testing.assert_close(found[other] @ found[key], state[other] @ state[key], rtol=1e-4, atol=1e-4)
-        as_found = AdapterCollection.from_adapters([tmp_path / "cats"], ["about cats"], gauge=False)
+        as_found = AdapterCollection.from_adapters([tmp_path / "cats"], ["about cats"])
         assert all(torch.equal(value, states[0][key]) for key, value in as_found.layout.unflatten(as_found.final("cats")).items())
 
     def test_two_layouts_two_names_and_a_missing_description(self, tmp_path):
@@ -164,3 +192,72 @@ class TestFromAdapters:
             AdapterCollection.from_adapters([tmp_path / "a" / "cats", tmp_path / "b" / "cats"], ["x", "y"])
         with pytest.raises(ValueError, match="one description for each adapter, found 1 and 0"):
             AdapterCollection.from_adapters([tmp_path / "wide"], [])
+
+    def test_nan_names_folder_and_tensor(self, tmp_path):
+        save_lora(tmp_path / "good")
+        save_lora(tmp_path / "bad", 1)
+        file = tmp_path / "bad" / "adapter_model.safetensors"
+        tensors = load_file(file)
+        key = next(key for key in tensors if "lora_B" in key)
+        tensors[key][0, 0] = float("nan")
+        save_file(tensors, file)
+        for gauge in (True, False):
+            with pytest.raises(ValueError, match=rf"bad holds NaN or infinite values in {key}"):
+                AdapterCollection.from_adapters([tmp_path / "good", tmp_path / "bad"], ["a", "b"], gauge=gauge)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.full((2, 8), float("nan")), "NaN"),
+        (torch.full((2, 8), float("inf")), "NaN or infinite"),
+        (torch.zeros(0, 8), "one row or more"),
+        (torch.zeros(8), r"found \(8,\)"),
+        (torch.zeros(2, 9), "of one width"),
+        (torch.zeros(2, 8, dtype=torch.int64), "int64"),
+        ([[0.0]], "a list"),
+    ],
+)
+def test_task_vectors_that_are_none(collection, bad, message):
+    with pytest.raises(ValueError, match=rf"'dogs'.*{message}|{message}.*'dogs'"):
+        replace(collection, task_vectors={**collection.task_vectors, "dogs": bad})
+
+
+@pytest.mark.parametrize("name", ["../up", "", ".", "/etc/x", "a/b", "a\nb", "x" * 201])
+def test_names_are_file_names(collection, name, tmp_path):
+    with pytest.raises(ValueError, match="task name"):
+        AdapterCollection(collection.layout, {name: collection.snapshots["cats"]}, {})
+    collection.save_pretrained(tmp_path / "c")
+    file = tmp_path / "c" / "collection.json"
+    manifest = json.loads(file.read_text())
+    manifest["tasks"][0]["name"] = name
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="task name"):
+        AdapterCollection.from_pretrained(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tasks": []}, {"tasks": {}}, {"tasks": ["x"]}, {"layout": []}, {"encoder": 1}, {"metadata": []}, {"format": None},
+        {"format": True},        {"tasks": [{"name": "cats", "snapshots": 2, "descriptions": []}]}, {"tasks": [{"name": "cats", "descriptions": "x"}]},
+        {"tasks": [{"name": "cats"}, {"name": "cats"}]}, {"tasks": [{"name": "cats", "descriptions": [1]}]},
+    ],
+)  # fmt: skip
+def test_manifests_that_are_none(collection, tmp_path, change):
+    collection.save_pretrained(tmp_path / "c")
+    file = tmp_path / "c" / "collection.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError) as caught:  # each of another message, of one line
+        AdapterCollection.from_pretrained(tmp_path / "c")
+    assert str(tmp_path / "c") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_link_out_of_the_folder_is_not_followed(collection, tmp_path):
+    collection.save_pretrained(tmp_path / "c")
+    collection.save_pretrained(tmp_path / "other")
+    file = tmp_path / "c" / "snapshots" / "cats.safetensors"
+    file.unlink()
+    file.symlink_to(tmp_path / "other" / "snapshots" / "cats.safetensors")
+    with pytest.raises(ValueError, match="leads out of"):
+        AdapterCollection.from_pretrained(tmp_path / "c")

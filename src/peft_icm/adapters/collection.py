@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,14 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .. import disk
 from ..conditioning import Picture, TaskEncoder, open_images
 from ..hub.cards import collection_card
 from ..hub.files import published, push_folder, resolve
-from .gauge import canonicalize
+from .gauge import align
 from .layout import AdapterLayout, KeyMap, map_keys
 
 FORMAT = 1
 MANIFEST = "collection.json"
+MAX_TASKS, MAX_MANIFEST_BYTES = 100_000, 2**30
 
 
 @dataclass
@@ -40,7 +39,8 @@ class AdapterCollection:
         metadata (`dict`): How the collection was made; JSON-able.
 
     Raises:
-        `ValueError`: If a task has snapshots of another width than the layout, or a value that is not finite.
+        `ValueError`: If a task has snapshots of another width than the layout, or a value that is not finite; if its task vectors are not
+            `[M, d]` of one d, or not finite; or if its name is no plain file name.
     """
 
     layout: AdapterLayout
@@ -52,17 +52,37 @@ class AdapterCollection:
     _source: str | None = field(default=None, init=False, repr=False, compare=False)  # where it was loaded from: its card goes along
 
     def __post_init__(self) -> None:
-        """Check every tensor."""
+        """Check every name and tensor."""
         if not self.snapshots:
             raise ValueError("A collection needs at least one task.")
         for task, tensor in self.snapshots.items():
-            if tensor.ndim != 2 or tensor.shape[1] != self.layout.numel or not len(tensor):
-                raise ValueError(f"Task {task!r}: expected snapshots of shape (K, {self.layout.numel}), found {tuple(tensor.shape)}.")
+            disk.safe_name(task, "task")
+            if not _is_matrix(tensor) or tensor.shape[1] != self.layout.numel:
+                raise ValueError(f"Task {task!r}: expected snapshots of shape (K, {self.layout.numel}), found {_shape(tensor)}.")
             bad = (~torch.isfinite(tensor)).nonzero()
             if len(bad):
                 row, column = bad[0].tolist()
                 key = self.layout.key_at(column)
                 raise ValueError(f"Task {task!r}: snapshot {row} holds {tensor[row, column].item()} in {key}. Train it again.")
+        for task, texts in self.descriptions.items():
+            if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"Task {task!r}: expected a list of sentences, found {str(texts)[:60]!r}.")
+        for name, tasks in (("descriptions", self.descriptions), ("task_vectors", self.task_vectors)):
+            if strangers := sorted(tasks.keys() - self.snapshots.keys()):
+                raise ValueError(f"{name} name {strangers[0]!r}, which has no snapshots: the tasks are {self.tasks[:5]}.")
+        self._check_vectors(self.task_vectors)
+
+    def _check_vectors(self, vectors: Mapping[str, Tensor]) -> None:
+        widths: dict[int, str] = {}
+        for task, tensor in vectors.items():
+            if not _is_matrix(tensor):
+                raise ValueError(f"Task {task!r}: expected task vectors of shape (M, d), one row or more, found {_shape(tensor)}.")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"Task {task!r}: its task vectors hold NaN or infinite values. Encode it again, in float32.")
+            widths.setdefault(tensor.shape[1], task)
+        if len(widths) > 1:
+            (width, task), (other, another) = list(widths.items())[:2]
+            raise ValueError(f"Task vectors of one width are needed: task {task!r} has {width}, task {another!r} has {other}.")
 
     @property
     def tasks(self) -> list[str]:
@@ -88,7 +108,7 @@ class AdapterCollection:
                 encoders that read pictures.
 
         Raises:
-            `ValueError`: If a task has nothing that this encoder reads.
+            `ValueError`: If a task has nothing that this encoder reads, or its vectors are not finite.
         """
         sources: dict[str, Mapping[str, Sequence[Any]]] = {"text": self.descriptions, "examples": examples or {}, "images": images or {}}
         read = {name: sources[name] for name in encoder.accepts}
@@ -99,6 +119,7 @@ class AdapterCollection:
         for task in self.tasks:
             parts = [open_images(source[task]) if name == "images" else source[task] for name, source in read.items() if source.get(task)]
             vectors[task] = torch.cat([encoder.encode(part) for part in parts])
+        self._check_vectors(vectors)
         self.task_vectors = vectors
         self.encoder = dict(encoder.config)
 
@@ -109,7 +130,7 @@ class AdapterCollection:
         adapters: Sequence[str | Path],
         descriptions: Sequence[str | list[str]],
         *,
-        gauge: bool = True,
+        gauge: bool = False,
         key_map: KeyMap = (),
         **hub_kwargs: Any,
     ) -> AdapterCollection:
@@ -118,7 +139,8 @@ class AdapterCollection:
         Args:
             adapters (`Sequence[str or Path]`): Folders or Hub ids of PEFT LoRAs of one layout.
             descriptions (`Sequence[str or list[str]]`): One sentence, or several, for each.
-            gauge (`bool`, defaults to `True`): Put every pair of factors into the balanced gauge; the products BA do not change.
+            gauge (`bool`, defaults to `False`): Turn every adapter as near to the first as its products BA allow, which stay what they
+                are (`adapters.gauge.align`): for LoRAs of different random starts. Those of one start have one gauge as they are.
             key_map (`Sequence[tuple[str, str]]`, *optional*): (regex, replacement) pairs for the keys of adapters that were trained on
                 another module tree, such as [`FLORENCE2_KEY_MAP`]; see [`map_keys`].
             **hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
@@ -127,27 +149,33 @@ class AdapterCollection:
             [`AdapterCollection`]: One snapshot for each adapter; tasks are named after the folders.
 
         Raises:
-            `ValueError`: If the numbers differ, two adapters share a name, or their layouts differ.
+            `ValueError`: If the numbers differ, two adapters share a name, their layouts differ, or one holds NaN.
         """
         if len(adapters) != len(descriptions) or not adapters:
             raise ValueError(f"Expected one description for each adapter, found {len(adapters)} and {len(descriptions)}.")
         layout: AdapterLayout | None = None
+        reference: dict[str, Tensor] | None = None
         snapshots: dict[str, Tensor] = {}
         texts: dict[str, list[str]] = {}
         for adapter, description in zip(adapters, descriptions, strict=True):
-            folder = resolve(str(adapter), allow_patterns=["adapter_*"], **hub_kwargs)
+            folder = resolve(str(adapter), allow_patterns=["adapter_*", "*/adapter_config.json"], **hub_kwargs)
             found = AdapterLayout.from_pretrained(folder, key_map=key_map)
-            layout = layout or found
+            if layout is None:
+                layout = found
             if found.fingerprint != layout.fingerprint:
                 raise ValueError(f"{adapter} has another layout than {adapters[0]}: {layout.difference(found)}.")
-            state_dict = map_keys(load_file(folder / "adapter_model.safetensors"), key_map)
-            name = Path(str(adapter)).name
+            name = disk.safe_name(Path(str(adapter)).name or folder.resolve().name, "adapter")
             if name in snapshots:
                 raise ValueError(f"Two adapters are named {name!r}: rename a folder.")
-            snapshots[name] = layout.flatten(canonicalize(state_dict) if gauge else state_dict)[None]
+            state_dict = map_keys(_load(folder / "adapter_model.safetensors"), key_map)
+            for key, tensor in state_dict.items():
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"{adapter} holds NaN or infinite values in {key}. Train it again.")
+            reference = reference or state_dict
+            snapshots[name] = layout.flatten(align(state_dict, reference) if gauge else state_dict)[None]
             texts[name] = [description] if isinstance(description, str) else list(description)
         assert layout is not None
-        metadata = {"made_from": [str(adapter) for adapter in adapters], "gauge": "balanced" if gauge else "as found"}
+        metadata = {"made_from": [str(adapter) for adapter in adapters], "gauge": "aligned to the first" if gauge else "as found"}
         return cls(layout, snapshots, texts, metadata=metadata)
 
     # ------------------------------------------------------------------ disk and Hub
@@ -161,30 +189,18 @@ class AdapterCollection:
             `ValueError`: If the folder holds something that is no collection.
         """
         target = Path(folder)
-        if target.exists() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+        if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
             raise ValueError(f"{target} is neither empty nor a collection: choose another folder.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-        try:
+        with disk.replacing_folder(target) as temporary:
             self._write(temporary)
-            if target.exists():
-                old = temporary.with_suffix(".old")
-                os.replace(target, old)
-                os.replace(temporary, target)
-                shutil.rmtree(old)
-            else:
-                os.replace(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def _write(self, folder: Path) -> None:
-        folder.chmod(0o755)
         (folder / "snapshots").mkdir()
         for task, tensor in self.snapshots.items():
             tensors = {"snapshots": tensor.contiguous()}
             if task in self.task_vectors:
                 tensors["task_vectors"] = self.task_vectors[task].float().contiguous()
-            save_file(tensors, folder / "snapshots" / f"{task}.safetensors", metadata={"format": "pt"})
+            save_file(tensors, disk.inside(folder, f"snapshots/{task}.safetensors"), metadata={"format": "pt"})
         manifest = {
             "format": FORMAT,
             "layout": self.layout.to_dict(),
@@ -214,23 +230,27 @@ class AdapterCollection:
         root = resolve(str(folder), repo_type="dataset", **hub_kwargs)
         if not (root / MANIFEST).is_file():
             raise ValueError(f"{folder} is no adapter collection: it has no {MANIFEST}.")
-        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.get("format") != FORMAT:
-            raise ValueError(f"{folder} has collection format {manifest.get('format')}, this peft_icm reads {FORMAT}.")
+        manifest = _read_manifest(root / MANIFEST)
+        layout = AdapterLayout.from_dict(manifest["layout"])
+        # The files of the Hub's cache are links into its blobs, which lie beside the snapshots.
+        bounds = root if Path(folder).is_dir() else root.parent.parent
         snapshots, vectors, texts = {}, {}, {}
         for entry in manifest["tasks"]:
-            name = entry["name"]
-            file = root / "snapshots" / f"{name}.safetensors"
-            try:
-                tensors = load_file(file)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{file} is missing or corrupted ({error}). Download or collect it again.") from error
+            name = disk.safe_name(entry.get("name"), "task")
+            if name in snapshots:
+                raise ValueError(f"{root / MANIFEST} names the task {name!r} twice.")
+            file = disk.inside(bounds, (root / "snapshots" / f"{name}.safetensors").absolute())
+            tensors = _load(file)
+            if "snapshots" not in tensors or entry.get("snapshots", len(tensors["snapshots"])) != len(tensors["snapshots"]):
+                raise ValueError(f"{file} does not hold the {entry.get('snapshots')} snapshots that {MANIFEST} names. Collect it again.")
             snapshots[name] = tensors["snapshots"]
-            texts[name] = entry["descriptions"]
+            texts[name] = entry.get("descriptions") or []
             if "task_vectors" in tensors:
                 vectors[name] = tensors["task_vectors"]
-        layout = AdapterLayout.from_dict(manifest["layout"])
-        collection = cls(layout, snapshots, texts, vectors, manifest["encoder"], manifest["metadata"])
+        try:
+            collection = cls(layout, snapshots, texts, vectors, manifest.get("encoder"), manifest.get("metadata") or {})
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
         collection._source = str(folder)
         return collection
 
@@ -282,3 +302,38 @@ class AdapterCollection:
             create_pr=create_pr,
             overwrite_card=overwrite_card,
         )
+
+
+def _is_matrix(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim == 2 and tensor.numel() > 0
+
+
+def _shape(tensor: Any) -> str:
+    return f"{tuple(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} is missing or corrupted ({error}). Download or collect it again.") from error
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    """The fields of a collection.json, of the types that they must have."""
+    if file.stat().st_size > MAX_MANIFEST_BYTES:
+        raise ValueError(f"{file} has more than {MAX_MANIFEST_BYTES} bytes: it is no manifest of a collection.")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON ({error}). Download or collect it again.") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{file} must hold a JSON object, found a {type(manifest).__name__}.")
+    if manifest.get("format") != FORMAT or isinstance(manifest["format"], bool):
+        raise ValueError(f"{file.parent} has collection format {str(manifest.get('format'))[:60]}, this peft_icm reads {FORMAT}.")
+    for name, kinds in (("layout", dict), ("tasks", list), ("encoder", dict | None), ("metadata", dict | None)):
+        if not isinstance(manifest.get(name), kinds):
+            raise ValueError(f"{file}: {name} is missing or a {type(manifest.get(name)).__name__}.")
+    if not 0 < len(manifest["tasks"]) <= MAX_TASKS or not all(isinstance(entry, dict) for entry in manifest["tasks"]):
+        raise ValueError(f"{file}: tasks must be 1 to {MAX_TASKS} objects.")
+    return manifest

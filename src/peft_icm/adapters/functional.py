@@ -102,7 +102,7 @@ def _check_fields(values: Mapping[str, Any]) -> None:
         off = value is None or value is False or value in ("none", [], {})
         if name in REFUSED and not off:
             raise ValueError(
-                f"{_short(name)}={_short(value)}: this changes what the adapter computes beyond s BA, or which tensors it has;"
+                f"{name}={_short(value)}: this changes what the adapter computes beyond s BA, or which tensors it has;"
                 " only plain LoRAs are supported. Train it again without."
             )
         if name not in known and not off:
