@@ -1,0 +1,130 @@
+"""The options of each verb of the command line.
+
+No default is written twice: options that are fields of a dataclass or parameters of a function read theirs from there. transformers'
+HfArgumentParser would show all 150 fields of TrainingArguments, under their long names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+
+def demo_options(p: argparse.ArgumentParser) -> None:
+    """Options of `peft-icm demo`."""
+    p.add_argument("--task", choices=["text", "detection"], default="text", help="text: a Llama; detection: Florence-2, pictures")
+    p.add_argument("--full", action="store_true", help="score all tasks, seeds and controls; takes minutes")
+    p.add_argument("-o", "--output", default="peft-icm-demo", help="folder for the adapter and the report")
+
+
+def collect_options(p: argparse.ArgumentParser) -> None:
+    """Options of `peft-icm collect`; imports torch for the defaults."""
+    from .collecting import CollectingArguments
+    from .tasks.detection import DetectionTask
+    from .tasks.language_modeling import LanguageModelingTask
+
+    p.add_argument("base_model", help="Hub id or folder of the base model")
+    p.add_argument("--tasks", required=True, help="folder with tasks.json and its texts or annotated images")
+    p.add_argument("-o", "--output", required=True, help="folder of the collection; progress is kept in OUTPUT.work")
+    p.add_argument("--rank", type=int, default=2, help="r of the LoRA")
+    p.add_argument("--lora-alpha", type=int, default=4, help="alpha of the LoRA")
+    p.add_argument("--target-modules", nargs="+", default=["q_proj", "v_proj"], help="module names, or all-linear")
+    p.add_argument("--blocks-per-epoch", type=int, help="blocks or images in an epoch, drawn anew in each; by default all")
+    own = _fields(p, CollectingArguments)
+    own("--epochs", "num_train_epochs", "epochs for each task")
+    own("--snapshots", "num_snapshots", "K: keep the LoRA of each of the last K epochs")
+    own("--learning-rate", "learning_rate", "peak learning rate")
+    own("--lr-scheduler-type", "lr_scheduler_type", "schedule")
+    own("--batch-size", "per_device_train_batch_size", "blocks in a batch")
+    own("--dtype", "dtype", "dtype of the frozen base")
+    own("--seed", "seed", "one seed of A and B for all tasks")
+    own("--num-workers", "num_workers", "processes that the tasks are spread over")
+    own("--shard", "shard", "i/n: only the i-th of n parts of the tasks, for array jobs", type=str)
+    _fields(p, LanguageModelingTask.train_dataset)("--block-size", "block_size", "tokens in a block")
+    own = _fields(p, DetectionTask.train_dataset)
+    own("--location-step", "location_step", "detection: write so many of Florence-2's location bins as one")
+    own("--negatives", "negatives", "detection: images without the class for each image with it")
+
+
+def train_options(p: argparse.ArgumentParser) -> None:
+    """Options of `peft-icm train`; imports torch for the defaults."""
+    from .generator.configuration_icm import ARCHITECTURES, ICMConfig
+    from .training.arguments import ICMTrainingArguments
+
+    p.add_argument("collection", help="folder or Hub id of an adapter collection")
+    p.add_argument("-o", "--output", required=True, help="folder of the generator; checkpoints are kept in OUTPUT.work")
+    p.add_argument("--tasks", help="folder of detection tasks: the encoder also sees pictures of their objects")
+    p.add_argument("--pictures", type=int, default=64, help="pictures of each of those tasks")
+    p.add_argument(
+        "--encoder", help="bundled:text or KIND:CHECKPOINT, e.g. sentence:org/name; by default the collection's own, or bundled:text"
+    )
+    own = _fields(p, ICMConfig)
+    own("--architecture", "architecture", "network of the CVAE", choices=ARCHITECTURES)
+    own("--latent-size", "latent_size", "size of z")
+    own("--hidden-size", "hidden_size", "width of the hidden layers")
+    own("--num-components", "num_components", "dimensions of the principal subspace; by default from the tasks and P", type=int)
+    own("--num-conv-layers", "num_conv_layers", "convolutions of the paper's architecture")
+    own("--kl-weight", "kl_weight", "weight of the KL term")
+    p.add_argument("--no-context", action="store_true", help="no attention over the pairs of other tasks")
+    own = _fields(p, ICMTrainingArguments)
+    own("--epochs", "num_train_epochs", "epochs", type=float)
+    own("--batch-size", "per_device_train_batch_size", "snapshots in a batch")
+    own("--learning-rate", "learning_rate", "peak learning rate")
+    p.add_argument("--seed", type=int, default=0, help="seed of weights and episodes")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT.work")
+
+
+def _fields(p: argparse.ArgumentParser, source: Callable[..., Any]) -> Callable[..., None]:
+    """Adds options whose defaults are those of a dataclass's fields or a function's parameters."""
+    defaults = p.get_default("fields") or {}
+
+    def add(option: str, name: str, about: str, **kwargs: Any) -> None:
+        default = getattr(source, name) if isinstance(source, type) else inspect.signature(source).parameters[name].default
+        p.add_argument(option, dest=name, default=default, help=about, **{"type": type(default), **kwargs})
+        defaults.setdefault(source, []).append(name)
+
+    p.set_defaults(fields=defaults)
+    return add
+
+
+def chosen(args: argparse.Namespace, source: type) -> dict[str, Any]:
+    """The values of the options that are fields of a dataclass."""
+    return {name: getattr(args, name) for name in args.fields[source]}
+
+
+def generate_options(p: argparse.ArgumentParser) -> None:
+    """Options of `peft-icm generate`."""
+    p.add_argument("generator", help="Hub id or folder of a generator; bundled:text and bundled:detection are the bundled ones")
+    p.add_argument("text", nargs="?", help="what the adapter is for")
+    p.add_argument("-o", "--output", required=True, help="folder of the adapter")
+    p.add_argument("--example", action="append", help="an example of the task instead of a text; may be repeated")
+    p.add_argument("--image", metavar="FILE", action="append", help="a picture of the task, alone or beside a text; may be repeated")
+    p.add_argument("--base-model", help="Hub id or folder of the base; by default the generator's own")
+    p.add_argument("--seed", type=int, default=0, help="seed of z")
+    p.add_argument("--temperature", type=float, default=1.0, help="standard deviation of z")
+    p.add_argument("--revision", help="revision of the generator's repo")
+    p.add_argument("--token", help="access token; by default the stored one")
+
+
+def evaluate_options(p: argparse.ArgumentParser) -> None:
+    """Options of `peft-icm evaluate`."""
+    p.add_argument("generator", help="Hub id or folder of a generator; bundled:text and bundled:detection are the bundled ones")
+    p.add_argument("--tasks", required=True, help="folder with tasks.json and held-out texts or annotated images")
+    p.add_argument("--collection", required=True, help="collection whose last snapshots are the own LoRAs")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of z")
+    p.add_argument("--batch-size", type=int, default=16, help="windows or pictures in a forward pass")
+    p.add_argument("-o", "--output", help="JSON file of the report; a plot is drawn beside it")
+
+
+def push_options(p: argparse.ArgumentParser) -> None:
+    """Options of `peft-icm push`."""
+    p.add_argument("folder", help="folder of a generator, an adapter or a collection")
+    p.add_argument("repo_id", help="org/name")
+    p.add_argument("--with-report", metavar="COLLECTION", help="tell in a generator's card how near it is to these LoRAs")
+    p.add_argument("--with-base-model", action="store_true", help="push a base model that is a local folder too")
+    p.add_argument("--private", action="store_true", help="create a private repo")
+    p.add_argument("--revision", help="branch")
+    p.add_argument("--create-pr", action="store_true", help="open a pull request")
+    p.add_argument("--token", help="access token; by default the stored one")
