@@ -1,7 +1,9 @@
 """AdapterLayout: derived, ordered, bit-exact, strict."""
 
+import dataclasses
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -9,9 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from tiny import FLORENCE_TARGETS, filled, florence, florence_lora, llama, llama_lora
+from torch import nn
 from transformers import Florence2Config, Florence2ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from peft_icm import AdapterLayout
+from peft_icm.adapters import functional
+from peft_icm.adapters.layout import same_function
 
 
 @pytest.mark.parametrize("build", [llama_lora, florence_lora])
@@ -210,3 +216,170 @@ def test_a_peft_model_that_was_loaded_names_its_base(tmp_path):
     assert layout.base_model_class == "LlamaForCausalLM"
     model.save_pretrained(tmp_path / "adapter")
     assert isinstance(PeftModel.from_pretrained(base.__class__.from_pretrained(tmp_path / "base"), tmp_path / "adapter"), PeftModel)
+
+
+class TestWhatALayoutIsMadeOf:
+    """Each change of one field is refused in one line, whether it comes from a config.json or from an adapter_config.json."""
+
+    values = json.loads(json.dumps(AdapterLayout.from_peft_model(llama_lora()).to_dict()))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"keys": ["/etc/passwd"] * 8},
+            {"keys": values["keys"][:3]},
+            {"keys": values["keys"][:1] + values["keys"][:7]},
+            {"keys": values["keys"][:7], "shapes": values["shapes"][:7]},
+            {"keys": [], "shapes": []},
+            {"keys": "abc"},
+            {"keys": [key.replace("base_model.model.", "") for key in values["keys"]]},
+            {"keys": [1, *values["keys"][1:]]},
+            {"shapes": [["2", 16]] * 8},
+            {"shapes": [[-2, -16]] * 8},
+            {"shapes": [[True, 16]] * 8},
+            {"shapes": [[2.0, 16]] * 8},
+            {"shapes": [[2, 16]] * 8},
+            {"shapes": [[2, 2**50], *values["shapes"][1:]]},
+            {"shapes": None},
+            {"dtype": "float64"},
+            {"dtype": ["float32"]},
+            {"unknown": 1},
+            {"base_model_class": 3},
+            {"revision": ["main"]},
+            {"base_model_name_or_path": {"a": 1}},
+            {"peft_config": None},
+        ],
+    )
+    def test_fields(self, change):
+        with pytest.raises(ValueError) as caught:
+            AdapterLayout.from_dict({**self.values, **change})
+        assert "\n" not in str(caught.value) and "zip" not in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["keys", "shapes", "dtype", "peft_config"])
+    def test_missing(self, name):
+        with pytest.raises(ValueError, match=f"'{name}' is missing"):
+            AdapterLayout.from_dict({key: value for key, value in self.values.items() if key != name})
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"r": 4}, {"r": "2"}, {"r": True}, {"r": 2.5}, {"r": None}, {"r": -2}, {"rank_pattern": {"q_proj": 4}}, {"rank_pattern": [2]},
+            {"rank_pattern": {"(": 2}}, {"lora_alpha": float("nan")}, {"lora_alpha": float("inf")}, {"lora_alpha": 1e308},
+            {"lora_alpha": 10**400}, {"lora_alpha": [8]}, {"lora_alpha": None}, {"alpha_pattern": {"q_proj": float("nan")}},
+            {"alpha_pattern": {"q_proj": "8"}}, {"use_rslora": "yes"}, {"fan_in_fan_out": 1}, {"lora_dropout": 2}, {"task_type": "NO_SUCH"},
+            {"task_type": []}, {"peft_type": "LOHA"}, {"peft_type": None}, {"target_modules": 3}, {"target_modules": ["q_proj", 3]},
+            {"exclude_modules": 3}, {"layers_to_transform": "0"}, {"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "olora"},
+            {"init_lora_weights": "loftq"}, {"init_lora_weights": "corda"}, {"init_lora_weights": "lora_ga"}, {"bias": "all"},
+            {"alora_invocation_tokens": [5]}, {"use_dora": True}, {"lora_bias": True}, {"layer_replication": [[0, 2]]},
+            {"trainable_token_indices": [1]}, {"target_parameters": ["experts"]}, {"modules_to_save": ["lm_head"]}, {"use_qalora": True},
+            {"megatron_config": {"a": 1}}, {"ensure_weight_tying": True}, {"of_a_later_peft": True},
+        ],
+    )  # fmt: skip
+    def test_configurations(self, change, tmp_path):
+        with pytest.raises(ValueError):
+            AdapterLayout.from_dict({**self.values, "peft_config": {**self.values["peft_config"], **change}})
+        llama_lora().save_pretrained(tmp_path)
+        file = tmp_path / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path))) as caught:
+            AdapterLayout.from_pretrained(tmp_path)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"lora_alpha": 8.0}, {"r": 2.0}, {"use_rslora": None}, {"use_dora": None}, {"fan_in_fan_out": True}, {"bias": None},
+            {"rank_pattern": None}, {"alpha_pattern": None}, {"alpha_pattern": {"q_proj": 8}}, {"rank_pattern": {"q_proj": 2}},
+            {"target_modules": ["v_proj", "q_proj"]}, {"target_modules": "all-linear"}, {"lora_dropout": 0.1}, {"of_a_later_peft": None},
+            {"init_lora_weights": "gaussian"}, {"init_lora_weights": "mica"},
+            {"r": 16, "lora_alpha": 64, "rank_pattern": {"self_attn": 3, ".*": 2}, "alpha_pattern": {".*": 8}},
+        ],
+    )  # fmt: skip
+    def test_the_same_function_spelt_otherwise(self, change):
+        layout = AdapterLayout.from_dict(self.values)
+        other = AdapterLayout.from_dict({**self.values, "peft_config": {**self.values["peft_config"], **change}})
+        assert other.fingerprint == layout.fingerprint
+        assert AdapterLayout.from_dict(json.loads(json.dumps(other.to_dict()))) == other
+        assert same_function(other.lora_config(), layout)
+
+    @pytest.mark.parametrize("change", [{"lora_alpha": 9}, {"use_rslora": True}, {"alpha_pattern": {"layers.1.*q_proj": 3}}])
+    def test_another_function(self, change):
+        layout = AdapterLayout.from_dict(self.values)
+        other = AdapterLayout.from_dict({**self.values, "peft_config": {**self.values["peft_config"], **change}})
+        assert other.fingerprint != layout.fingerprint and next(iter(change)) in layout.difference(other)
+        assert not same_function(other.lora_config(), layout)
+
+    def test_every_field_of_peft_has_its_class(self):
+        classes = [
+            functional.SCALE,
+            functional.REFUSED,
+            functional.INITIALISATION,
+            functional.TRAINING,
+            functional.NAMING,
+            functional.ABOUT,
+        ]
+        assert sorted(name for each in classes for name in each) == sorted(field.name for field in dataclasses.fields(LoraConfig))
+
+
+EVIL = "(([a-z0-9._]+)+)+[A-Z]"
+
+
+@pytest.mark.parametrize(
+    "change", [{"target_modules": EVIL}, {"exclude_modules": EVIL}, {"layers_to_transform": [0, 1], "layers_pattern": EVIL}]
+)
+def test_a_regex_of_a_stranger_is_never_run(change):
+    values = AdapterLayout.from_peft_model(llama_lora()).to_dict()
+    layout = AdapterLayout.from_dict({**values, "peft_config": {**values["peft_config"], **change}})
+    start = time.monotonic()
+    layout.check_base(llama())
+    assert AdapterLayout.from_peft_model(get_peft_model(llama(), layout.lora_config())).fingerprint == layout.fingerprint
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_takes_too_long_is_refused(name, monkeypatch):
+    monkeypatch.setattr(functional, "MATCHING_SECONDS", 0.2)
+    values = AdapterLayout.from_peft_model(llama_lora()).to_dict()
+    with pytest.raises(ValueError, match=rf"{name}: matching .* takes too long"):
+        AdapterLayout.from_dict({**values, "peft_config": {**values["peft_config"], name: {EVIL: 2}}})
+
+
+def test_a_regex_leaves_what_ends_alike_alone():
+    class Nested(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(4, 4)
+            self.inner = torch.nn.ModuleDict({"head": torch.nn.Linear(4, 4)})
+
+    layout = AdapterLayout.from_peft_model(get_peft_model(Nested(), LoraConfig(r=2, target_modules=r"^head$")))
+    assert layout.modules == ["head"]
+    layout.check_base(Nested())
+    assert AdapterLayout.from_peft_model(get_peft_model(Nested(), layout.lora_config())).modules == ["head"]
+
+
+@pytest.mark.parametrize(
+    ("make", "r"),
+    [
+        (lambda: nn.Conv1d(8, 4, 3), 2), (lambda: nn.Conv2d(8, 4, (3, 5)), 2), (lambda: nn.Conv3d(8, 4, 3), 2),
+        (lambda: nn.Conv2d(8, 4, 3, groups=2), 4), (lambda: nn.Conv1d(8, 8, 3, groups=4), 4), (lambda: Conv1D(6, 8), 2),
+        (lambda: nn.Embedding(9, 5), 2),
+    ],
+)  # fmt: skip
+def test_modules_as_peft_does_them(make, r):
+    layout = AdapterLayout.from_peft_model(get_peft_model(nn.Sequential(make()), LoraConfig(r=r, target_modules=["0"])))
+    layout.check_base(nn.Sequential(make()))
+
+
+def test_where_the_weights_lie(tmp_path):
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="task1")
+    model.save_pretrained(tmp_path / "named")
+    with pytest.raises(ValueError, match="its adapters lie in task1/"):
+        AdapterLayout.from_pretrained(tmp_path / "named")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "adapter_model.bin").touch()
+    with pytest.raises(ValueError, match=r"convert its adapter_model\.bin"):
+        AdapterLayout.from_pretrained(tmp_path / "bin")
+    for text in ("[]", '{"r": 4,', "\x00", "[" * 100_000):
+        (tmp_path / "named" / "task1" / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"adapter_config\.json"):
+            AdapterLayout.from_pretrained(tmp_path / "named" / "task1")

@@ -30,7 +30,7 @@ TRAINING = frozenset({"lora_dropout", "velora_config", "runtime_config", "qalora
 NAMING = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"})
 ABOUT = frozenset({"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"})
 
-_LEAVE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+_LEAVE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def normal_config(values: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
