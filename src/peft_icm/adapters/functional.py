@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import regex  # type: ignore[import-untyped]
+import regex
 from peft import LoraConfig
 
 MAX_TEXT = 20_000  # characters of a name or pattern of a configuration
