@@ -340,7 +340,7 @@ class AdapterMixin:
             options = {**source.hub, "revision": source.get("revision")}
             return inside(resolve(source["name"], allow_patterns=[f"{path}/*"], **options), path)
         own = Path(source["name"], source.get("subfolder", ""))
-        # Generators on this machine may share an encoder that lies beside them, as the bundled ones do; whatever it is, its hash is checked.
+        # Generators on this machine may share an encoder that lies beside them, as the bundled ones do; its hash is checked.
         return own / folder if folder == (self.config.encoder or {}).get("folder") else inside(own, folder)
 
 

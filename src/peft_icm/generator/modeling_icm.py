@@ -23,7 +23,7 @@ from .configuration_icm import ICMConfig
 from .generation import LOADING, AdapterMixin, Source
 from .networks import NETWORKS, ContextAttention, Statistics
 from .sampling import Generators, as_conditions, draw_noise
-from .weights import check_weights, weight_files, weight_names
+from .weights import check_weights, hash_weights, weight_files, weight_names
 
 ENCODER_FOLDER = "encoder"
 _OWN_FILES = ("config.json", "model*.safetensors", "model.safetensors.index*.json")  # not those of encoder/ and base_model/
@@ -326,7 +326,7 @@ class ICMGenerator(AdapterMixin, PreTrainedModel):
         for field, value in changes.items():
             setattr(config, field, value)
         if any(folder.glob("model*.safetensors")):
-            config.weights_sha256 = check_weights(weight_files(folder, kwargs.get("variant")), _expected(self.config))
+            config.weights_sha256 = hash_weights(weight_files(folder, kwargs.get("variant")))
         config.save_pretrained(folder)
 
     def _local_base(self, download: bool) -> str | None:

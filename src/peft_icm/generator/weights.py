@@ -96,6 +96,26 @@ def check_weights(files: Sequence[Path], expected: Mapping[str, Tensor]) -> str:
     missing = next((name for name in expected if name not in digests), None)
     if missing is not None:
         raise ValueError(f"{files[0]} lacks {missing}, shape {tuple(expected[missing].shape)}, which its config.json asks for. {advice}")
+    return _together(digests)
+
+
+def hash_weights(files: Sequence[Path]) -> str:
+    """sha256 over names, dtypes, shapes and bytes of the tensors, however they are cut into files; what [`check_weights`] finds.
+
+    Args:
+        files (`Sequence[Path]`): See [`weight_files`].
+
+    Returns:
+        `str`
+    """
+    digests: dict[str, bytes] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            digests |= {name: _digest(name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
+    return _together(digests)
+
+
+def _together(digests: Mapping[str, bytes]) -> str:
     return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
