@@ -25,7 +25,7 @@ BASE = Path(bundled_generator("detection")) / "base_model"
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "out"
-    command = [sys.executable, "-m", "peft_icm.cli", "demo", "--task", "detection", "--json", "--output", str(folder)]
+    command = [sys.executable, "-m", "peft_icm.cli", "demo", "--task", "detection", "--full", "--json", "--output", str(folder)]
     finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=500)
     assert finished.returncode == 0, finished.stderr[-2000:]
     return json.loads(finished.stdout)

@@ -1,6 +1,8 @@
 """The command line: what people type, right and wrong."""
 
+import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -9,20 +11,25 @@ import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 
 import pytest
 import torch
 from hub_server import TOKEN
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_training import tiny_collection
 from tiny import TEXTS, generator, llama, tokenizer
 from transformers import AutoModelForCausalLM
 
-from peft_icm import AdapterCollection, ICMGenerator, bundled_generator
-from peft_icm.bundled import bundled_folder
-from peft_icm.cli import main, parser
+from peft_icm import AdapterCollection, CollectingArguments, ICMConfig, ICMGenerator, ICMTrainingArguments, bundled_generator
+from peft_icm.bundled import bundled_encoder, bundled_folder
+from peft_icm.cli import VERBS, main, parse
+from peft_icm.conditioning import ClipEncoder
+from peft_icm.tasks import load_tasks
 
 SENTENCE = "continue a Shakespeare play"
 
@@ -75,9 +82,24 @@ class TestGenerate:
         a, b, c = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "abc")
         assert all(torch.equal(a[key], b[key]) for key in a) and any(not torch.equal(a[key], c[key]) for key in a)
 
-    def test_another_base_of_the_same_shape(self, tmp_path):
-        base = Path(bundled_generator("text")) / "base_model"
-        assert run("generate", "bundled:text", SENTENCE, "-o", tmp_path / "a", "--base-model", base) == 0
+    def test_another_base_of_the_same_shape(self, tmp_path, capsys):
+        base = AutoModelForCausalLM.from_pretrained(Path(bundled_generator("text")) / "base_model")
+        with torch.no_grad():
+            base.get_input_embeddings().weight.mul_(1.5)
+        base.save_pretrained(tmp_path / "other")
+        arguments = ["generate", "bundled:text", SENTENCE, "-o", tmp_path / "a", "--base-model", tmp_path / "other", "--json"]
+        assert run(*arguments) == 0
+        assert json.loads(capsys.readouterr().out)["base_model"] == str(tmp_path / "other")
+        config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(tmp_path / "other")
+
+    def test_a_text_before_and_after_options(self, tmp_path):
+        Image.new("RGB", (40, 30), (200, 30, 40)).save(tmp_path / "red.png")
+        image = ["--image", tmp_path / "red.png"]
+        for name, said in (("before", [SENTENCE, *image]), ("after", [*image, SENTENCE])):
+            assert run("generate", "bundled:text", *said, "-o", tmp_path / name) == 0
+        a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "after"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
 
     def test_pictures_alone_and_beside_a_text(self, tmp_path):
         pictures = []
@@ -181,12 +203,154 @@ class TestPushWithReport:
         assert "is neither a folder nor a dataset repo" in self.refused(hub, capsys, tmp_path / "g", "org/none")
 
 
-def test_help_tells_defaults(capsys):
-    for verb in ("demo", "collect", "train", "generate", "evaluate", "push"):
-        with pytest.raises(SystemExit) as stop:
-            parser().parse_args([verb, "--help"])
-        assert stop.value.code == 0
-        assert "(default: " in capsys.readouterr().out
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_tells_defaults(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "(default: " in out and "--json" in out
+
+
+def test_defaults_are_those_of_the_dataclasses(monkeypatch):
+    monkeypatch.setattr(CollectingArguments, "num_snapshots", 17)
+    monkeypatch.setattr(ICMConfig, "hidden_size", 99)
+    monkeypatch.setattr(ICMTrainingArguments, "per_device_train_batch_size", 5)
+    assert parse(["collect", "base", "--tasks", "t", "-o", "o"]).num_snapshots == 17
+    args = parse(["train", "c", "-o", "o"])
+    assert args.hidden_size == 99 and args.per_device_train_batch_size == 5
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["--nonsense"], ["dance"], ["generate", "--help"], ["demo", "--nonsense"]]
+)
+def test_help_and_wrong_options_import_nothing_heavy(arguments):
+    code = (
+        "import sys\nfrom peft_icm.cli import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "print('heavy:', *({'torch', 'transformers', 'peft', 'numpy', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert finished.stdout.splitlines()[-1] == "heavy:", finished.stdout + finished.stderr
+
+
+def test_generate_imports_only_what_it_uses(tmp_path):
+    arguments = ["generate", "bundled:text", SENTENCE, "-o", str(tmp_path / "a")]
+    unused = {"datasets", "diffusers", "pycocotools", "matplotlib", "sklearn", "evaluate", "transformers.trainer"}
+    code = f"import sys\nfrom peft_icm.cli import main\nassert main({arguments!r}) == 0\nprint('unused:', *({unused!r} & set(sys.modules)))"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert finished.stdout.splitlines()[-1] == "unused:", finished.stdout + finished.stderr
+
+
+class TestOutput:
+    """Looked at before the work: a file, a folder of something else, or one that nobody may write to."""
+
+    @pytest.mark.parametrize("verb", ["demo", "collect", "train", "generate"])
+    @pytest.mark.parametrize("kind", ["file", "link", "folder", "below a file"])
+    def test_is_refused_first(self, work, tmp_path, capsys, monkeypatch, verb, kind):
+        output = tmp_path / "out"
+        if kind == "file":
+            output.write_text("mine")
+        elif kind == "link":
+            output.symlink_to(tmp_path / "nowhere")
+        elif kind == "folder":
+            output.mkdir()
+            (output / "mine").write_text("mine")
+        else:
+            (tmp_path / "file").write_text("mine")
+            output = tmp_path / "file" / "out"
+        before = sorted(tmp_path.rglob("*"))
+        arguments = {
+            "demo": [],
+            "collect": [work / "base", "--tasks", work / "tasks"],
+            "train": [work / "collection"],
+            "generate": ["bundled:text", SENTENCE],
+        }[verb]
+        assert run(verb, *arguments, "-o", output) == 2
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert len(errors) == 1 and f"--output {output}" in errors[0]
+        assert sorted(tmp_path.rglob("*")) == before
+
+    def test_an_older_adapter_is_replaced_and_an_empty_folder_filled(self, tmp_path):
+        (tmp_path / "a").mkdir()
+        for _ in range(2):
+            assert run("generate", "bundled:text", SENTENCE, "-o", tmp_path / "a") == 0
+
+    def test_of_a_report(self, work, tmp_path, capsys):
+        for output in (tmp_path, tmp_path / "none" / "report.json"):
+            arguments = ["bundled:text", "--tasks", work / "tasks", "--collection", work / "collection"]
+            assert run("evaluate", *arguments, "-o", output) == 2
+            assert f"--output {output} must be a JSON file in a folder that exists" in capsys.readouterr().err
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            OSError(errno.ENOSPC, "No space left on device"),
+            SafetensorError("I/O error:\n File too large"),
+            Image.DecompressionBombError("too many pixels"),
+            UnpicklingError("no pickle"),
+            StrictDataclassError("field\n  wrong"),
+            json.JSONDecodeError("Expecting value", "", 0),
+        ],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_of_libraries_are_one_line_and_debug_shows_where(self, tmp_path, capsys, monkeypatch, error):
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr("peft_icm.generator.modeling_icm.ICMGenerator.from_pretrained", fail)
+        arguments = ["generate", "bundled:text", SENTENCE, "-o", tmp_path / "a"]
+        assert run(*arguments) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("peft-icm: error: ")
+        for shown in (["--debug", *arguments], [*arguments, "--debug"]):
+            with pytest.raises(type(error)) as raised:
+                run(*shown)
+            assert raised.value is error
+
+    def test_a_bug_is_a_traceback(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("peft_icm.generator.modeling_icm.ICMGenerator.from_pretrained", lambda *_, **__: {}["bug"])
+        with pytest.raises(KeyError, match="bug"):
+            run("generate", "bundled:text", SENTENCE, "-o", tmp_path / "a")
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_signals(self, tmp_path, monkeypatch, number, code):
+        monkeypatch.setattr("peft_icm.generator.modeling_icm.ICMGenerator.from_pretrained", lambda *_, **__: signal.raise_signal(number))
+        handlers = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            assert run("generate", "bundled:text", SENTENCE, "-o", tmp_path / "a") == code
+        finally:
+            signal.signal(signal.SIGINT, handlers[1])
+        assert signal.getsignal(signal.SIGTERM) == handlers[0]
+
+
+class TestTaskVectors:
+    """`train` keeps those that a collection brings, unless it is told otherwise."""
+
+    @pytest.fixture
+    def collection(self, work, tmp_path):
+        collection = AdapterCollection.from_pretrained(work / "collection")
+        encoder = ClipEncoder.from_pretrained(bundled_encoder())
+        collection.encode(encoder)
+        collection.task_vectors = {task: vectors + 0.25 for task, vectors in collection.task_vectors.items()}
+        collection.save_pretrained(tmp_path / "c")
+        return collection
+
+    def center(self, folder):
+        return ICMGenerator.from_pretrained(folder).statistics.condition_mean
+
+    def test_are_kept_and_it_says_so(self, collection, tmp_path, capsys):
+        assert run("train", tmp_path / "c", "-o", tmp_path / "g", "--epochs", 1) == 0
+        assert "Task vectors: the collection's own, by the clip encoder" in capsys.readouterr().out
+        own = torch.cat(list(collection.task_vectors.values())).mean(0)
+        torch.testing.assert_close(self.center(tmp_path / "g"), own, rtol=1e-4, atol=1e-5)
+
+    def test_make_way_for_an_encoder_that_is_asked_for(self, collection, tmp_path, capsys, work):
+        assert run("train", tmp_path / "c", "-o", tmp_path / "g", "--epochs", 1, "--encoder", f"hidden_state:{work / 'base'}") == 0
+        assert "Task vectors in the place of the collection's own: by the hidden_state encoder" in capsys.readouterr().out
+        assert len(self.center(tmp_path / "g")) != collection.task_vectors["sonnet"].shape[1]
 
 
 def test_from_base_to_hub(work, hub, token, tmp_path, capsys):
@@ -251,13 +415,33 @@ def test_ctrl_c_in_mid_training_and_on_again(tmp_path):
 
 @pytest.mark.slow
 def test_demo(tmp_path):
-    """The whole demo as people start it, and its figures recomputed from its own table."""
+    """As people start it: two continuations and a few rows."""
+    command = [sys.executable, "-m", "peft_icm.cli", "demo", "--output", str(tmp_path / "demo")]
+    finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    result = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    assert result["seeds"] == [0] and 3 <= len(result["tasks"]) <= 6
+    for row in result["tasks"]:
+        assert row["generated"] < row["base"] and row["generated"] == pytest.approx(row["own"], rel=0.02)
+        line = next(line for line in finished.stdout.splitlines() if line.startswith(f"{row['name']} "))
+        printed = [float(number) for number in line.split()[1:4]]
+        assert printed == pytest.approx([math.exp(row[name]) for name in ("base", "own", "generated")], rel=2e-3)
+    texts = load_tasks(bundled_folder("text") / "tasks")
+    assert any(text.startswith(result["opening"]) for task in texts for text in task.test_texts)
+    base, generated = result["continued"]["base"], result["continued"]["generated"]
+    assert base != generated and all(line in finished.stdout for text in (base, generated) for line in text.splitlines())
+    assert (tmp_path / "demo" / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_demo_in_full(tmp_path):
+    """The whole table, and its figures recomputed from its own rows."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "peft_icm.cli", "demo", "--json", "--output", str(tmp_path / "demo")]
+    command = [sys.executable, "-m", "peft_icm.cli", "demo", "--full", "--json", "--output", str(tmp_path / "demo")]
     finished = subprocess.run(command, capture_output=True, text=True, env=env, timeout=500)
     assert finished.returncode == 0, finished.stderr[-2000:]
     result = json.loads(finished.stdout)
-    assert set(result) == {"tasks", "share", "seeds", "seconds", "adapter"} and result["seeds"] == [0, 1, 2]
+    assert set(result) == {"tasks", "share", "seeds", "seconds", "adapter", "opening", "continued"} and result["seeds"] == [0, 1, 2]
     assert len(result["tasks"]) >= 12
     for name, share in result["share"].items():
         gains = [(row["base"] - row[name], row["base"] - row["own"]) for row in result["tasks"]]

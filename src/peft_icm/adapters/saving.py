@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, ModelCard
 from peft import PeftModel
 
+from ..disk import replacing_folder
 from ..hub.cards import FACTS, adapter_card
 from ..hub.files import CARD, copy_base, marked, published, push_folder
 from .attach import _provenance
@@ -46,8 +47,7 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     """
     _check_name(model, adapter_name)
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+    with tempfile.TemporaryDirectory() as temporary, replacing_folder(target) as new:
         model.save_pretrained(temporary, selected_adapters=[adapter_name], save_embedding_layers=False)
         source = Path(temporary) if adapter_name == "default" else Path(temporary) / adapter_name
         layout = AdapterLayout.from_pretrained(source)
@@ -57,7 +57,7 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
         (source / CARD).write_text(marked(str(adapter_card(layout.to_dict(), **facts))), encoding="utf-8")
         for file in sorted(source.iterdir()):
             if file.is_file():
-                os.replace(file, target / file.name)
+                shutil.copyfile(file, new / file.name)
     return target
 
 

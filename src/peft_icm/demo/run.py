@@ -26,8 +26,8 @@ TEXTS = ("shakespeare", "bible", "latex", "german")  # rows of the short table
 CLASSES = ("sofa", "motorbike")
 TABLE_1 = ("dog", "bicycle", "cat", "sofa", "motorbike")  # the paper's classes
 CHARACTERS = 2000  # of a held-out text that the short table is scored on
-OPENING = 120  # characters of a held-out play that are continued
-NEW_TOKENS = 40
+OPENING = 200  # characters of a held-out play that are continued
+NEW_TOKENS = 60
 SHOWN = 3  # pictures on the sheet
 PICTURES = 4  # with the class, and as many without, that the short table is scored on
 SEED = 0
@@ -93,17 +93,21 @@ def _show_text(
     from ..evaluation.text import Evaluation, evaluate_generator
     from ..tasks.language_modeling import nll
 
-    opening = tasks["shakespeare"].test_texts[0][:OPENING].rsplit(" ", 1)[0]
+    opening = tasks["shakespeare"].test_texts[0][:OPENING].rpartition("\n")[0] + "\n"
     inputs = tokenizer(opening, return_tensors="pt", return_token_type_ids=False)
 
     def goes_on() -> str:
-        tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            tokens = model.generate(
+                **inputs, max_new_tokens=NEW_TOKENS, do_sample=True, temperature=0.7, pad_token_id=tokenizer.eos_token_id
+            )
         return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     with model.disable_adapter():
         continued = {"base": goes_on()}
     continued["generated"] = goes_on()
-    say(f"A held-out play, the most likely words after:\n{opening}\n")
+    say(f"A held-out play, continued by both models with one seed:\n{opening}\n")
     width = max(len(line) for line in ["base", *continued["base"].splitlines()]) + 3
     for left, right in _beside(
         ["base", "----", *continued["base"].splitlines()], ["generated", "---------", *continued["generated"].splitlines()]
