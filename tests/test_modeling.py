@@ -46,7 +46,11 @@ def test_padding_of_the_convolutions_never_enters_the_loss():
     model = generator(architecture="paper")
     network = model.network
     assert network.padded > model.layout.numel + CONDITION_DIM
-    assert network.decode(torch.zeros(1, 4), torch.zeros(1, CONDITION_DIM)).shape == (1, model.layout.numel)
+    whole = []
+    network.output.register_forward_hook(lambda module, inputs, output: output.retain_grad() or whole.append(output))
+    model(*batch(model)).loss.backward()
+    assert whole[0].shape[-1] == network.padded
+    assert whole[0].grad[..., : model.layout.numel].any() and not whole[0].grad[..., model.layout.numel :].any()
 
 
 @pytest.mark.parametrize("layers", [10, 11, 12, 13, 20])
@@ -67,7 +71,8 @@ def test_no_batch_norm(architecture):
 @pytest.mark.parametrize("condition_dim", [384, 512, 768])
 def test_size_limits_of_the_default(condition_dim):
     def numbers(architecture, numel):
-        layout = {"keys": ["base_model.model.m.lora_A.weight"], "shapes": [[1, numel]], "dtype": "float32", "peft_config": {"r": 1}}
+        keys, shapes = [f"base_model.model.m.lora_{matrix}.weight" for matrix in "AB"], [[1, numel - 1], [1, 1]]
+        layout = {"keys": keys, "shapes": shapes, "dtype": "float32", "peft_config": {"peft_type": "LORA", "r": 1}}
         tasks = [{"name": str(i), "description": ""} for i in range(12)]
         config = ICMConfig(architecture=architecture, layout=layout, condition_dim=condition_dim, tasks=tasks)
         with torch.device("meta"):
@@ -198,7 +203,7 @@ def test_truncated_weights_are_refused(tmp_path):
     ],
 )
 def test_config_says_what_is_allowed(options, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ValueError, match=message):
         ICMConfig(**options)
 
 
