@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..disk import inside, replacing_folder
-from ..hub.cards import generator_card
-from ..hub.files import BASE_FOLDER, REPORT, copy_base, published, push_folder, resolve
 from .configuration_icm import ICMConfig
-from .generation import LOADING, AdapterMixin, Source
+from .generation import Source
 from .networks import NETWORKS, ContextAttention, Statistics
 from .sampling import Generators, as_conditions, draw_noise
-from .weights import check_weights, hash_weights, weight_files, weight_names
-
-ENCODER_FOLDER = "encoder"
-_OWN_FILES = ("config.json", "model*.safetensors", "model.safetensors.index*.json")  # not those of encoder/ and base_model/
-_PUSH = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+from .saving import SavedModel
 
 
 @dataclass
@@ -53,7 +39,7 @@ class ICMOutput(ModelOutput):
     latent_logvar: Tensor | None = None
 
 
-class ICMGenerator(AdapterMixin, PreTrainedModel):
+class ICMGenerator(SavedModel):
     r"""A conditional VAE over LoRA adapters: a task vector in, a native `PeftModel` out.
 
     Implements In-Context Meta LoRA Generation, Eqs. 2-9, in two architectures ([`ICMConfig`]).
@@ -210,220 +196,3 @@ class ICMGenerator(AdapterMixin, PreTrainedModel):
         if "encoder" in self._lazy and self._lazy["encoder"].model.device != self.device:
             self._lazy["encoder"].to(self.device)
         return self
-
-    # ------------------------------------------------------------------ disk and Hub
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *model_args: Any,
-        config: ICMConfig | str | os.PathLike[str] | None = None,
-        subfolder: str = "",
-        variant: str | None = None,
-        **kwargs: Any,
-    ) -> ICMGenerator:
-        """Load a generator from a folder or the Hub: every tensor that its config asks for, and nothing else.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `Path`): `"org/name"` or a folder.
-            config ([`ICMConfig`], `str` or `Path`, *optional*): In the place of the folder's own.
-            subfolder (`str`, defaults to `""`): Where in the folder or repo.
-            variant (`str`, *optional*): As in transformers.
-            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `dtype`, `device_map`, as in transformers; the first four
-                reach its encoder and base model too, which come from the commit that was found here.
-
-        Returns:
-            [`ICMGenerator`]: In eval mode. Its encoder and base model are loaded when they are first needed.
-
-        Raises:
-            `OSError`: One line: the repo, the revision or the files can't be found or read.
-            `ValueError`: One line: a field of the config is wrong, a tensor is missing, unexpected, of another shape or not finite, or the
-                weights are not those that were saved with the config.
-        """
-        name = str(pretrained_model_name_or_path)
-        names = ("revision", "token", "cache_dir", "local_files_only")
-        given = {option: value for option in names if (value := kwargs.pop(option, None)) is not None}
-        root = resolve(name, allow_patterns=[str(PurePosixPath(subfolder, file)) for file in _OWN_FILES], **given)
-        folder = inside(root, subfolder) if subfolder else root
-        fields = {field: kwargs.pop(field) for field in ICMConfig.__annotations__ if field in kwargs}
-        own: ICMConfig = config if isinstance(config, ICMConfig) else ICMConfig.from_pretrained(config or folder, **fields)
-        found = check_weights(weight_files(folder, variant), _expected(own))
-        if own.weights_sha256 not in (None, found):
-            raise ValueError(f"The weights in {folder} are not those that its config.json was saved with: download or save it again.")
-        with LOADING:
-            loaded = super().from_pretrained(folder, *model_args, config=own, variant=variant, **{**kwargs, "use_safetensors": True})
-        generator = loaded[0] if isinstance(loaded, tuple) else loaded
-        generator.config.weights_sha256 = None  # of what is on disk
-        generator.config.name_or_path = generator.name_or_path = name
-        generator._source = Source(name=name, subfolder=subfolder, **given)
-        generator._source.pop("revision", None)
-        if not os.path.isdir(name):
-            generator._source["revision"] = generator.config._commit_hash = root.name
-        return loaded
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        *,
-        with_base_model: bool = False,
-        safe_serialization: bool = True,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Save config, weights and, where it is small, the task encoder: the folder stands on its own, and is old or new, never half.
-
-        Args:
-            save_directory (`str` or `Path`): The folder.
-            is_main_process (`bool`, defaults to `True`): Whether this process writes.
-            with_base_model (`bool`, defaults to `False`): Copy a base model that is a local folder into `base_model/`.
-            safe_serialization (`bool`, defaults to `True`): There for those who pass it; there is no other way.
-            push_to_hub (`bool`, defaults to `False`): Push it afterwards, as `repo_id` or the name of the folder.
-            **kwargs: As in transformers: `state_dict`, `max_shard_size`, `variant`, and with `push_to_hub` what
-                [`~ICMGenerator.push_to_hub`] takes.
-
-        Raises:
-            `OSError`: If `save_directory` is a file, or cannot be written.
-            `ValueError`: If `safe_serialization` is off.
-        """
-        _check_safe(safe_serialization)
-        target = Path(save_directory)
-        if target.exists() and not target.is_dir():
-            raise OSError(f"{target} is a file: choose a folder.")
-        push = {name: kwargs.pop(name) for name in (*_PUSH, "repo_id") if name in kwargs}
-        if not is_main_process:
-            super().save_pretrained(save_directory, is_main_process=False, **kwargs)
-            return
-        variant = kwargs.get("variant")
-        with replacing_folder(target) as folder:
-            self._write(folder, target, with_base_model, **kwargs)
-            written = {file.name for file in folder.iterdir()}
-        single, index = weight_names(variant)
-        if written & {single, index}:
-            for stale in {target / single, target / index, *target.glob(f"{single.removesuffix('.safetensors')}-*-of-*.safetensors")}:
-                if stale.name not in written:
-                    stale.unlink(missing_ok=True)
-        if push_to_hub:
-            options = {**push, "with_base_model": with_base_model, "max_shard_size": kwargs.get("max_shard_size", "50GB")}
-            self.push_to_hub(options.pop("repo_id", None) or target.resolve().name, **options)
-
-    def _write(self, folder: Path, target: Path, with_base_model: bool, **kwargs: Any) -> None:
-        """Everything of a saved generator, into an empty folder."""
-        changes: dict[str, Any] = {}
-        if self.config.encoder and self.config.encoder.get("folder"):
-            self.encoder.save_pretrained(folder / ENCODER_FOLDER)
-            # Where this generator found its encoder may be outside of the folder; what is saved has its own.
-            changes["encoder"] = {**self.config.encoder, "folder": ENCODER_FOLDER}
-        base = self._local_base(with_base_model)
-        if base is not None and with_base_model:
-            copy_base(base, folder)
-            changes |= {"base_model_subfolder": BASE_FOLDER, "layout": {**self.layout.to_dict(), "base_model_name_or_path": None}}
-        elif self.config.base_model_subfolder and not (target / self.config.base_model_subfolder).is_dir():
-            # It does not travel: on this machine it is still found.
-            changes |= {"base_model_subfolder": None, "layout": {**self.layout.to_dict(), "base_model_name_or_path": base}}
-        super().save_pretrained(folder, **kwargs)
-        config = ICMConfig.from_pretrained(folder)
-        for field, value in changes.items():
-            setattr(config, field, value)
-        if any(folder.glob("model*.safetensors")):
-            config.weights_sha256 = hash_weights(weight_files(folder, kwargs.get("variant")))
-        config.save_pretrained(folder)
-
-    def _local_base(self, download: bool) -> str | None:
-        """The folder of the base model, if it has one on this machine."""
-        if self.config.base_model_subfolder and (download or not self._source.on_hub) and "name" in self._source:
-            return str(self._resolve(self.config.base_model_subfolder))
-        name = self.layout.base_model_name_or_path
-        return name if name and not self._source.on_hub and os.path.isdir(name) else None
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        with_base_model: bool = False,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
-        safe_serialization: bool = True,
-        tags: Sequence[str] | None = None,
-        overwrite_card: bool = False,
-        report: Mapping[str, Any] | None = None,
-    ) -> CommitInfo:
-        """Push the generator in one commit, with a card that tells what is known and nothing else.
-
-        A card that was edited by hand, beside the generator or on the Hub, is kept.
-
-        Args:
-            repo_id (`str`): `"org/name"`; created where it does not exist.
-            with_base_model (`bool`, defaults to `False`): Push a base model that is a local folder too, in `base_model/`. Without it others
-                pass `base_model=`.
-            commit_message (`str`, *optional*): Message of the commit; by default `"Upload ICMGenerator"`.
-            commit_description (`str`, *optional*): What stands below the message.
-            private (`bool`, *optional*): Create a private repo.
-            token (`str` or `bool`, *optional*): Access token; by default the stored one.
-            revision (`str`, *optional*): Branch.
-            create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
-            max_shard_size (`int` or `str`, defaults to `"50GB"`): Of a weight file.
-            safe_serialization (`bool`, defaults to `True`): There for those who pass it; there is no other way.
-            tags (`Sequence[str]`, *optional*): More tags for the card.
-            overwrite_card (`bool`, defaults to `False`): Replace a card that was edited by hand.
-            report (`Mapping`, *optional*): What [`memorisation_report`] returned: goes along as `memorisation.json`, and its means into
-                the card.
-
-        Returns:
-            `huggingface_hub.CommitInfo`: Of the one commit.
-
-        Raises:
-            `ValueError`: If `safe_serialization` is off, or a file names a folder of this machine; nothing is on the Hub then.
-        """
-        _check_safe(safe_serialization)
-
-        def write(folder: Path) -> None:
-            self.save_pretrained(folder, with_base_model=with_base_model, max_shard_size=max_shard_size)
-            config = ICMConfig.from_pretrained(folder)
-            layout = dict(config.layout or {})
-            named = layout.get("base_model_name_or_path")
-            told = published(named)
-            if config.base_model_subfolder is None and (named is None or (told != named and "/" not in told)):
-                layout["base_model_name_or_path"] = None
-                warnings.warn(
-                    f"{repo_id} goes without its base model, {named or 'which it does not name'}: others pass base_model=, or push it"
-                    " with_base_model=True.",
-                    stacklevel=4,
-                )
-            else:
-                layout["base_model_name_or_path"] = told
-            config.layout, config.training, config.encoder = layout, published(config.training), published(config.encoder)
-            config.save_pretrained(folder)
-            if report is not None:
-                (folder / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
-
-        return push_folder(
-            write,
-            repo_id,
-            card=lambda folder: generator_card(ICMConfig.from_pretrained(folder).to_dict(), repo_id=repo_id, folder=folder, report=report),
-            source=None if self._source.on_hub or "name" not in self._source else Path(self._source["name"], self._source["subfolder"]),
-            commit_message=commit_message or "Upload ICMGenerator",
-            commit_description=commit_description,
-            tags=tags,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            overwrite_card=overwrite_card,
-        )
-
-
-def _expected(config: ICMConfig) -> dict[str, Tensor]:
-    """The tensors of a generator of this config, on the meta device: names and shapes at no cost."""
-    with torch.device("meta"):
-        return ICMGenerator(config).state_dict()
-
-
-def _check_safe(safe_serialization: bool) -> None:
-    if not safe_serialization:
-        raise ValueError("safe_serialization=False: generators are saved as safetensors only, leave it out.")
