@@ -1,4 +1,4 @@
-"""The README's tables are written from results/, and CI sees where they are not."""
+"""The tables of docs/results.md are written from the JSON of the runs, and CI sees where they are not."""
 
 import importlib.util
 import json
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme_tables.py")
-readme_tables = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(readme_tables)
+SPEC = importlib.util.spec_from_file_location("results_tables", ROOT / "benchmarks" / "results_tables.py")
+results_tables = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(results_tables)
 
 
 @pytest.fixture
@@ -23,17 +23,17 @@ def root(tmp_path):
 
 def test_a_stale_table_is_written_anew_and_then_stays(root):
     text = "before\n<!-- table table1.json | cat -->\n| old |\n<!-- end -->\nafter\n"
-    filled = readme_tables.fill(text, root)
+    filled = results_tables.fill(text, root)
     assert "| | cat |\n|---|---|\n| ICM-LoRA | 0.50 |" in filled and "old" not in filled
     assert filled.startswith("before\n") and filled.endswith("<!-- end -->\nafter\n")
-    assert readme_tables.fill(filled, root) == filled
+    assert results_tables.fill(filled, root) == filled
 
 
 def test_a_column_that_is_not_there(root):
     with pytest.raises(ValueError, match="table1.json has no column 'cow': choose from dog, cat"):
-        readme_tables.fill("<!-- table table1.json | cow -->\n<!-- end -->", root)
+        results_tables.fill("<!-- table table1.json | cow -->\n<!-- end -->", root)
 
 
-def test_the_readme_itself():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme_tables.fill(text, ROOT) == text
+def test_the_page_itself():
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert results_tables.fill(text, ROOT) == text

@@ -1,7 +1,7 @@
-"""Write the README's tables of results from the JSON under results/, or check that they are what the JSON says.
+"""Write the tables of docs/results.md from the JSON of the runs, or check that they are what the JSON says.
 
-    python benchmarks/readme_tables.py            # rewrites README.md
-    python benchmarks/readme_tables.py --check    # exit code 1 where it would change something; CI runs this
+    python benchmarks/results_tables.py            # rewrites docs/results.md
+    python benchmarks/results_tables.py --check    # exit code 1 where it would change something; CI runs this
 
 A table stands between `<!-- table FILE [| COLUMN ...] -->` and `<!-- end -->`; without columns it has all of them.
 """
@@ -42,17 +42,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    page = ROOT / "docs" / "results.md"
+    text = page.read_text(encoding="utf-8")
     filled = fill(text, ROOT)
     if args.check:
         if filled != text:
-            sys.exit("README.md: a table is not what results/ says; run python benchmarks/readme_tables.py.")
-        print(f"README.md: {len(BLOCK.findall(text))} tables are what results/ says.")
+            sys.exit("docs/results.md: a table is not what the JSON says; run python benchmarks/results_tables.py.")
+        print(f"docs/results.md: {len(BLOCK.findall(text))} tables are what the JSON says.")
         return
-    temporary = readme.with_name(".README.md.part")
+    temporary = page.with_name(".results.md.part")
     temporary.write_text(filled, encoding="utf-8")
-    os.replace(temporary, readme)
+    os.replace(temporary, page)
 
 
 if __name__ == "__main__":
