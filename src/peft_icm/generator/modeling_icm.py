@@ -193,6 +193,6 @@ class ICMGenerator(SavedModel):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ICMGenerator:
         super()._apply(fn, recurse)
-        if "encoder" in self._lazy and self._lazy["encoder"].model.device != self.device:
+        if "encoder" in self._lazy:
             self._lazy["encoder"].to(self.device)
         return self
