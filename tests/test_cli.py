@@ -347,10 +347,16 @@ class TestTaskVectors:
         own = torch.cat(list(collection.task_vectors.values())).mean(0)
         torch.testing.assert_close(self.center(tmp_path / "g"), own, rtol=1e-4, atol=1e-5)
 
-    def test_make_way_for_an_encoder_that_is_asked_for(self, collection, tmp_path, capsys, work):
-        assert run("train", tmp_path / "c", "-o", tmp_path / "g", "--epochs", 1, "--encoder", f"hidden_state:{work / 'base'}") == 0
-        assert "Task vectors in the place of the collection's own: by the hidden_state encoder" in capsys.readouterr().out
-        assert len(self.center(tmp_path / "g")) != collection.task_vectors["sonnet"].shape[1]
+    def test_make_way_for_an_encoder_that_is_asked_for(self, collection, tmp_path, capsys):
+        collection.encoder["sha256"] = "1" * 64
+        collection.save_pretrained(tmp_path / "c")
+        arguments = ["train", tmp_path / "c", "-o", tmp_path / "g", "--epochs", 1]
+        assert run(*arguments) == 2  # the collection's own cannot be had, and no other is taken in its place
+        capsys.readouterr()
+        assert run(*arguments, "--encoder", "bundled:text") == 0
+        assert "Task vectors in the place of the collection's own: by the clip encoder" in capsys.readouterr().out
+        tampered = torch.cat(list(collection.task_vectors.values())).mean(0)
+        assert (self.center(tmp_path / "g") - tampered).abs().min() > 0.1
 
 
 def test_from_base_to_hub(work, hub, token, tmp_path, capsys):
