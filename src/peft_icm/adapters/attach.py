@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -15,9 +16,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..disk import safe_name
 from .layout import AdapterLayout, same_function
 
 logger = logging.getLogger(__name__)
+ATTACHING = threading.RLock()  # a model may be met by many threads
 
 
 def attach(
@@ -53,14 +56,23 @@ def attach(
     vector = layout.flatten(state_dict)
     if not torch.isfinite(vector).all():
         raise ValueError(f"The adapter holds {int((~torch.isfinite(vector)).sum())} NaN or infinite values of {layout.numel}.")
-    if not adapter_name or "." in adapter_name:
-        raise ValueError(f"adapter_name={adapter_name!r} must be a non-empty string without dots.")
-    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
-        _swap(model, layout, state_dict, adapter_name, is_trainable)
-    else:
-        model = _add(model, layout, state_dict, adapter_name, is_trainable)
-    _provenance(model)[adapter_name] = dict(provenance or {})
+    _check_name(adapter_name)
+    if not isinstance(model, PreTrainedModel | PeftModel):
+        raise ValueError(f"The base model is a {type(model).__name__}, must be a PreTrainedModel or a PeftModel.")
+    with ATTACHING:
+        if isinstance(model, PeftModel) and adapter_name in model.peft_config:
+            _swap(model, layout, state_dict, adapter_name, is_trainable)
+        else:
+            model = _add(model, layout, state_dict, adapter_name, is_trainable)
+        _provenance(model)[adapter_name] = dict(provenance or {})
     return model
+
+
+def _check_name(name: str) -> None:
+    """peft keeps adapters in a ModuleDict, where a name is an attribute."""
+    safe_name(name, "adapter")
+    if "." in name or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        raise ValueError(f"adapter_name={name!r} has a dot or is an attribute of torch's ModuleDict: choose another name.")
 
 
 def _add(
@@ -68,20 +80,38 @@ def _add(
 ) -> PeftModel:
     """Inject a new adapter, on the meta device, and fill it."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(model, PeftModel) and getattr(base, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "The base model carries an adapter that transformers' load_adapter put there: delete_adapter it, or load the base anew."
+        )
     layout.check_base(base)
     _warn_of_another_base(base, layout)
     _warn_of_shared_weights(base, layout)
     config = layout.lora_config()
     config.inference_mode = not is_trainable
     config.base_model_name_or_path = base.name_or_path or layout.base_model_name_or_path
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
-    else:
-        model = get_peft_model(model, config, adapter_name=adapter_name, low_cpu_mem_usage=True)
-    assert isinstance(model, PeftModel)
-    _fill(model, state_dict, adapter_name, is_trainable)
-    model.set_adapter(adapter_name, inference_mode=not is_trainable)
-    return model.train(is_trainable)
+    before = [(module, dict(module._modules)) for module in base.modules()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
+    try:
+        # Not low_cpu_mem_usage=True, which patches nn.Module for all threads of the process: this context is of one thread.
+        with torch.device("meta"):
+            if isinstance(model, PeftModel):
+                model.add_adapter(adapter_name, config)
+                wrapped = model
+            else:
+                wrapped = get_peft_model(model, config, adapter_name=adapter_name)  # type: ignore[assignment]
+        _fill(wrapped, state_dict, adapter_name, is_trainable)
+        wrapped.set_adapter(adapter_name, inference_mode=not is_trainable)
+    except BaseException:
+        if isinstance(model, PeftModel) and adapter_name in model.peft_config:
+            model.delete_adapter(adapter_name)
+        for module, children in before:
+            module._modules.clear()
+            module._modules.update(children)
+        for parameter, requires_grad in gradients:
+            parameter.requires_grad_(requires_grad)
+        raise
+    return wrapped.train(is_trainable)
 
 
 def _swap(model: PeftModel, layout: AdapterLayout, state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool) -> None:

@@ -37,11 +37,20 @@ def load_base(layout: AdapterLayout, name: str, revision: str | None, **base_mod
     Raises:
         `ValueError`: If transformers has no such class.
     """
-    if layout.base_model_class is None:
-        kind: Any = transformers.AutoModelForCausalLM
-    elif (kind := getattr(transformers, layout.base_model_class, None)) is None:
-        raise ValueError(f"transformers {transformers.__version__} has no class {layout.base_model_class}: pass base_model.")
-    return kind.from_pretrained(name, revision=revision or "main", **base_model_kwargs).eval()
+    if base_model_kwargs.get("trust_remote_code"):
+        raise ValueError("trust_remote_code=True: code of a base is never run, load the model yourself and pass it as base_model.")
+    revision = revision or "main"
+    wanted = layout.base_model_class
+    if wanted is None:  # the adapter does not say: the base's own config does, where it names a class
+        hub = {key: base_model_kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in base_model_kwargs}
+        wanted = (transformers.AutoConfig.from_pretrained(name, revision=revision, **hub).architectures or ["AutoModelForCausalLM"])[0]
+    kind: Any = getattr(transformers, wanted, None)
+    if wanted != "AutoModelForCausalLM" and not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise ValueError(f"transformers {transformers.__version__} has no model class {wanted[:100]}: pass base_model.")
+    try:
+        return kind.from_pretrained(name, **{**base_model_kwargs, "revision": revision, "use_safetensors": True}).eval()
+    except OSError as error:
+        raise OSError(f"The base model {name}: {' '.join(str(error).split())}") from error
 
 
 def share_tensors(model: PreTrainedModel) -> PreTrainedModel:
