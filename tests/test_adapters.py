@@ -344,3 +344,36 @@ def test_a_named_adapter_is_saved_into_the_folder_itself(tmp_path, vector):
 def test_base_with_lora_of_another_kind_still_fits():
     model = llama_lora()
     AdapterLayout.from_peft_model(model).check_base(model.get_base_model())
+
+
+@pytest.mark.parametrize("name", ["train", "keys", "type", "half", "a.b", "", "../up", "a/b"])
+def test_a_name_that_peft_cannot_keep_is_refused(name):
+    base, layout = llama(), llama_layout()
+    with pytest.raises(ValueError, match="name"):
+        attach(base, layout, filled(layout), adapter_name=name)
+    assert not any("lora" in module for module, _ in base.named_modules())
+
+
+def test_an_adapter_of_transformers_load_adapter_is_not_replaced(tmp_path):
+    layout = llama_layout()
+    save_adapter(attach(llama(), layout, filled(layout)), tmp_path)
+    base = llama()
+    base.load_adapter(str(tmp_path))
+    before = logits(base)
+    with pytest.raises(ValueError, match="load_adapter"):
+        attach(base, layout, filled(layout, 1))
+    assert torch.equal(logits(base), before)
+
+
+def test_a_failed_injection_leaves_nothing_behind(monkeypatch):
+    base, layout = llama(), llama_layout()
+    names = [name for name, _ in base.named_modules()]
+
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(sys.modules[attach.__module__], "_fill", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        attach(base, layout, filled(layout))
+    assert [name for name, _ in base.named_modules()] == names
+    assert all(parameter.requires_grad for parameter in base.parameters())
