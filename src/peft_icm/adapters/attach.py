@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..disk import safe_name
+from .base import SHARES, SharingLoraModel
 from .layout import AdapterLayout, same_function
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ def _add(
                 wrapped = model
             else:
                 wrapped = get_peft_model(model, config, adapter_name=adapter_name)  # type: ignore[assignment]
+                if SHARES in base.__dict__:
+                    wrapped.base_model.__class__ = SharingLoraModel  # peft offers no hook before a merge
         _fill(wrapped, state_dict, adapter_name, is_trainable)
         wrapped.set_adapter(adapter_name, inference_mode=not is_trainable)
     except BaseException:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import copy
 import itertools
-import logging
 from typing import Any, TypeVar
 
-import torch
 import transformers
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .layout import AdapterLayout
 
-logger = logging.getLogger(__name__)
-
-
+SHARES = "_shares_tensors"  # set on a model whose tensors another one reads
 Model = TypeVar("Model", PreTrainedModel, PeftModel)
 
 
@@ -53,22 +49,47 @@ def load_base(layout: AdapterLayout, name: str, revision: str | None, **base_mod
         raise OSError(f"The base model {name}: {' '.join(str(error).split())}") from error
 
 
-def share_tensors(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model of its own modules on the same memory: adapters of the one never reach the other, nor does a merge.
+class SharingLoraModel(LoraModel):
+    """A LoRA model over a base whose memory other models read: what writes into the base, or gives it away, makes it a copy of its own."""
 
-    Its tensors are torch's copy-on-write clones: what is written to, as `merge_and_unload` does, becomes a copy of its own.
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in peft, on a copy of the base's tensors."""
+        _own_tensors(self.model)
+        super().merge_adapter(*args, **kwargs)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        _own_tensors(self.model)
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+
+def share_tensors(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model of its own modules on the same memory: adapters of the one never reach the other.
+
+    [`attach`] sees to it that a merge does not either: it happens on a copy ([`SharingLoraModel`]). Whoever writes into the base's tensors
+    by other means, such as an optimizer, copies them first.
+
+    Args:
+        model (`PreTrainedModel`): With or without tied weights; ties stay.
+
+    Returns:
+        `PreTrainedModel`
     """
 
-    def clone(tensor: Tensor) -> Tensor:
+    def view(tensor: Tensor) -> Tensor:
         if type(tensor) not in (Tensor, nn.Parameter):
             return tensor  # a quantised weight; peft replaces it in a merge
-        if not torch._C._is_cow_tensor(tensor):  # type: ignore[attr-defined]
-            tensor.data = tensor.data.clone()  # once: memory that is mapped from a checkpoint cannot be shared so
-        lazy = torch._lazy_clone(tensor.detach())
-        return nn.Parameter(lazy, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else lazy
+        return nn.Parameter(tensor.detach(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else tensor.detach()
 
     tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): clone(tensor) for tensor in tensors})
+    shared = copy.deepcopy(model, {id(tensor): view(tensor) for tensor in tensors})
+    shared.__dict__[SHARES] = True
+    return shared
+
+
+def _own_tensors(model: nn.Module) -> None:
+    if model.__dict__.pop(SHARES, False):
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            tensor.data = tensor.data.clone()
 
 
 def untie(model: Model) -> Model:
