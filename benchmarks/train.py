@@ -70,7 +70,7 @@ def run(collection: AdapterCollection, architecture: str, rate: float, limit: fl
         seed=0,
     )
     start = time.perf_counter()
-    trainer = ICMTrainer(collection, ICMConfig(architecture=architecture), args, callbacks=[clock])
+    trainer = ICMTrainer(ICMConfig(architecture=architecture), args, collection=collection, callbacks=[clock])
     clock.spent = time.perf_counter() - start  # the PCA counts
     clock.parameters = sum(tensor.numel() for tensor in trainer.generator.state_dict().values())
     trainer.train()

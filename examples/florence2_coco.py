@@ -83,7 +83,7 @@ def main() -> None:
         save_strategy="no",
         disable_tqdm=False,
     )
-    trainer = ICMTrainer(collection, ICMConfig(latent_size=16 if args.demo else 64), training, encoder=encoder)
+    trainer = ICMTrainer(ICMConfig(latent_size=16 if args.demo else 64), training, collection=collection, encoder=encoder)
     trainer.train()
     trainer.generator.save_pretrained(args.output / "generator")
 

@@ -68,7 +68,7 @@ def main() -> None:
     training = ICMTrainingArguments(
         str(args.output / "training"), num_train_epochs=10 if args.demo else 1000, save_strategy="no", logging_steps=10
     )
-    trainer = ICMTrainer(collection, config, training, encoder=encoder)
+    trainer = ICMTrainer(config, training, collection=collection, encoder=encoder)
     trainer.train()
     trainer.generator.save_pretrained(args.output / "generator")
     generator = ICMGenerator.from_pretrained(args.output / "generator")

@@ -37,7 +37,7 @@ def main() -> None:
     encoder = ICMGenerator.from_pretrained(bundled_generator("text")).encoder
     collection.encode(encoder)
     training = ICMTrainingArguments(f"{args.output}.work", num_train_epochs=args.epochs, save_strategy="no", logging_steps=100)
-    trainer = ICMTrainer(collection, args=training, encoder=encoder)
+    trainer = ICMTrainer(collection=collection, args=training, encoder=encoder)
     trainer.train()
     trainer.generator.save_pretrained(args.output, with_base_model=True)
     generator = ICMGenerator.from_pretrained(args.output)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +11,14 @@ from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from filelock import FileLock
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import TEXTS, llama, tokenizer
+from transformers import BertConfig, Florence2Config, LlamaConfig, T5Config
 
 from peft_icm import AdapterCollection, CollectingArguments, collect
+from peft_icm.adapters.base import base_class
 from peft_icm.collecting import gather
 from peft_icm.tasks.language_modeling import LanguageModelingTask
 
@@ -98,7 +102,7 @@ def test_snapshots_are_read_in_numeric_order(collected, tmp_path):
     collection, folder = collected
     work = tmp_path / "sonnet"
     work.mkdir()
-    (tmp_path / "recipe.json").write_text("{}")
+    (tmp_path / "recipe.json").write_text('{"num_snapshots": 2}')
     (work / "done.json").write_bytes((folder / "sonnet" / "done.json").read_bytes())
     files = sorted((folder / "sonnet").glob("epoch-*"))
     (work / "epoch-9.safetensors").write_bytes(files[0].read_bytes())
@@ -116,7 +120,10 @@ def test_snapshots_are_adapters_of_peft(collected, base, tmp_path):
     collection, folder = collected
     state = load_file(folder / "sonnet" / "epoch-0003.safetensors")
     assert torch.equal(collection.layout.flatten(state), collection.final("sonnet"))
-    assert isinstance(PeftModel(llama(vocab_size=len(tokenizer())), lora()), PeftModel)
+    model = get_peft_model(llama(vocab_size=len(tokenizer())), lora())
+    assert {key: tensor.shape for key, tensor in get_peft_model_state_dict(model).items()} == {
+        key: tensor.shape for key, tensor in state.items()
+    }
 
 
 class TestRefusals:
@@ -196,3 +203,80 @@ def test_ctrl_c_keeps_finished_tasks(base, collected, tmp_path, workers):
     assert done.is_file() and not (tmp_path / "out.work" / "genesis" / "done.json").exists()
     assert not out.exists() and not list((tmp_path / "out.work").rglob("*.part"))
     assert isinstance(gather(tmp_path / "out.work", tasks()[:1]), AdapterCollection)
+
+
+class TestBeforeAnythingIsTrained:
+    @pytest.mark.parametrize("name", ["../..", "..", "a/b", "", "x" * 300])
+    def test_a_name_that_is_no_folder(self, base, tmp_path, name):
+        first, second = tasks()[:2]
+        second.name = name  # past the task's own check
+        with pytest.raises(ValueError, match="task name"):
+            collect(base, [first, second], lora(), arguments(tmp_path / "work"))
+        assert not (tmp_path / "work").exists()
+
+    def test_names_that_one_file_system_takes_for_one(self, base, tmp_path):
+        first, second = tasks()[:2]
+        second.name = first.name.upper()
+        with pytest.raises(ValueError, match="different names"):
+            collect(base, [first, second], lora(), arguments(tmp_path / "work"))
+
+    def test_a_link_out_of_the_folder(self, base, tmp_path):
+        (tmp_path / "work").mkdir()
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "photo").touch()
+        (tmp_path / "work" / tasks()[0].name).symlink_to(tmp_path / "mine")
+        with pytest.raises(ValueError, match="leads out of"):
+            collect(base, tasks()[:1], lora(), arguments(tmp_path / "work"))
+        assert (tmp_path / "mine" / "photo").exists()
+
+    @pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+    def test_a_lora_without_a_layout(self, base, tmp_path, options):
+        with pytest.raises(ValueError):
+            collect(base, tasks()[:1], lora(**options), arguments(tmp_path / "work"))
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_lost_snapshot_is_trained_again_and_a_cut_one_is_named(collected, base, tmp_path):
+    _, folder = collected
+    work = tmp_path / "work"
+    shutil.copytree(folder, work)
+    lost = sorted((work / "sonnet").glob("epoch-*"))[-1]
+    lost.unlink()
+    with pytest.raises(ValueError, match="'sonnet' has .* snapshots"):
+        gather(work, tasks())
+    lost.write_bytes(b"half")
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        gather(work, tasks())
+    for name in ("recipe.json", "sonnet/done.json"):
+        shutil.rmtree(work)
+        shutil.copytree(folder, work)
+        (work / name).write_text("")
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            gather(work, tasks())
+
+
+def test_a_second_process_stays_out(base, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    with FileLock(work / ".lock-1-of-1"), pytest.raises(ValueError, match="Another process"):
+        collect(base, tasks()[:1], lora(), arguments(work))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(), "LlamaForCausalLM"),
+        (T5Config(), "T5ForConditionalGeneration"),
+        (BertConfig(), "BertForMaskedLM"),
+        (Florence2Config(), "Florence2ForConditionalGeneration"),
+        (BertConfig(architectures=["BertForSequenceClassification"]), "BertForSequenceClassification"),
+    ],
+)
+def test_the_class_of_a_base_is_its_configs(config, expected):
+    assert base_class(config).__name__ == expected
+
+
+@pytest.mark.parametrize("name", ["QWenLMHeadModel", "pipeline", "__version__"])
+def test_a_class_that_transformers_has_not(name):
+    with pytest.raises(ValueError, match=f"no model class {name}"):
+        base_class(LlamaConfig(architectures=[name]))

@@ -95,7 +95,7 @@ def test_rounded_as_it_would_be_saved():
 
 def test_a_trained_generator_is_nearer_than_an_untrained_one(tmp_path):
     collection = tiny_collection()
-    trainer = ICMTrainer(collection, config(), arguments(tmp_path, num_train_epochs=150))
+    trainer = ICMTrainer(config(), arguments(tmp_path, num_train_epochs=150), collection=collection)
     before = memorisation_report(trainer.generator, collection)
     trainer.train()
     model = trainer.generator.eval()

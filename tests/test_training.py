@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import florence_layout, generator, llama_layout
+from transformers import EarlyStoppingCallback
 
 from peft_icm import AdapterCollection, ICMConfig, ICMGenerator, ICMTrainer, ICMTrainingArguments
-from peft_icm.training.episodes import EpisodeDataset, EpisodeSampler, held_out_mask
+from peft_icm.training.episodes import EpisodeDataset, EpisodeSampler, held_out_mask, seeded
+from peft_icm.training.recipe import check_recipe, training_recipe
 
 LAYOUTS = {"llama": llama_layout, "florence": florence_layout}
 
@@ -56,7 +58,7 @@ def test_learns_and_says_so(architecture, layout, tmp_path):
     epochs = 150 if architecture == "principal" else 4
     options = {"num_conv_layers": 3} if architecture == "paper" else {}
     args = arguments(tmp_path, num_train_epochs=epochs, logging_steps=2)
-    trainer = ICMTrainer(tiny_collection(layout), config(architecture=architecture, **options), args)
+    trainer = ICMTrainer(config(architecture=architecture, **options), args, collection=tiny_collection(layout))
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
@@ -72,7 +74,7 @@ def test_learns_and_says_so(architecture, layout, tmp_path):
 def test_a_generator_has_what_the_collection_says(tmp_path):
     collection = tiny_collection()
     collection.encoder = {"kind": "sentence", "checkpoint": "org/encoder", "dim": 8, "sha256": "1"}
-    trainer = ICMTrainer(collection, config(), arguments(tmp_path, num_train_epochs=1))
+    trainer = ICMTrainer(config(), arguments(tmp_path, num_train_epochs=1), collection=collection)
     model = trainer.generator
     assert model.layout == collection.layout and model.config.encoder == collection.encoder
     assert [task["name"] for task in model.config.tasks] == collection.tasks and model.config.condition_dim == 8
@@ -114,8 +116,8 @@ class TestEpisodes:
 
 
 def test_the_context_can_be_ablated(tmp_path):
-    with_context = ICMTrainer(tiny_collection(), config(), arguments(tmp_path, num_train_epochs=4))
-    without = ICMTrainer(tiny_collection(), config(context=False), arguments(tmp_path, num_train_epochs=4))
+    with_context = ICMTrainer(config(), arguments(tmp_path, num_train_epochs=4), collection=tiny_collection())
+    without = ICMTrainer(config(context=False), arguments(tmp_path, num_train_epochs=4), collection=tiny_collection())
     with_context.train()
     without.train()
     assert without.generator.context is None
@@ -127,11 +129,11 @@ def test_the_context_can_be_ablated(tmp_path):
 
 def test_resume_is_exact(tmp_path):
     options = {"num_train_epochs": 6, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "cosine"}
-    whole = ICMTrainer(tiny_collection(), config(), arguments(tmp_path / "a", **options))
+    whole = ICMTrainer(config(), arguments(tmp_path / "a", **options), collection=tiny_collection())
     whole.train()
     checkpoints = sorted(Path(tmp_path / "a").glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
     assert len(checkpoints) >= 2
-    resumed = ICMTrainer(tiny_collection(), config(), arguments(tmp_path / "b", **options))
+    resumed = ICMTrainer(config(), arguments(tmp_path / "b", **options), collection=tiny_collection())
     resumed.train(resume_from_checkpoint=str(checkpoints[0]))
     expected = weights(whole)
     for name, tensor in weights(resumed).items():
@@ -175,14 +177,14 @@ def test_early_stop(tmp_path):
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_mse",
     }
-    args = arguments(tmp_path, num_train_epochs=200, learning_rate=0.5, early_stopping_patience=2, **options)
-    trainer = ICMTrainer(tiny_collection(), config(), args)
+    args = arguments(tmp_path, num_train_epochs=200, learning_rate=0.5, **options)
+    trainer = ICMTrainer(config(), args, collection=tiny_collection(), callbacks=[EarlyStoppingCallback(2)])
     trainer.train()
     assert trainer.state.epoch < 100
 
 
 def test_bf16(tmp_path):
-    trainer = ICMTrainer(tiny_collection(), config(), arguments(tmp_path, bf16=True))
+    trainer = ICMTrainer(config(), arguments(tmp_path, bf16=True), collection=tiny_collection())
     before = trainer.evaluate()["eval_mse"]
     trainer.train()
     assert trainer.evaluate()["eval_mse"] < before
@@ -191,7 +193,9 @@ def test_bf16(tmp_path):
 
 def test_a_collapsed_posterior_is_logged(tmp_path, caplog):
     trainer = ICMTrainer(
-        tiny_collection(), config(architecture="paper", num_conv_layers=2, kl_weight=100.0), arguments(tmp_path, learning_rate=3e-3)
+        config(architecture="paper", num_conv_layers=2, kl_weight=100.0),
+        arguments(tmp_path, learning_rate=3e-3),
+        collection=tiny_collection(),
     )
     with caplog.at_level(logging.WARNING, logger="peft_icm.training"):
         trainer.train()
@@ -199,7 +203,7 @@ def test_a_collapsed_posterior_is_logged(tmp_path, caplog):
 
 
 def test_the_kl_weight_rises(tmp_path):
-    trainer = ICMTrainer(tiny_collection(), config(kl_weight=1.0), arguments(tmp_path, kl_warmup_ratio=0.5))
+    trainer = ICMTrainer(config(kl_weight=1.0), arguments(tmp_path, kl_warmup_ratio=0.5), collection=tiny_collection())
     trainer.state.max_steps = 100
     inputs = next(iter(trainer.get_train_dataloader()))
     losses = []
@@ -212,7 +216,7 @@ def test_the_kl_weight_rises(tmp_path):
 
 def test_pushes_with_our_card(hub, token, tmp_path):
     args = arguments(tmp_path, num_train_epochs=2, hub_model_id="org/trained", hub_token=token)
-    trainer = ICMTrainer(tiny_collection(), config(), args)
+    trainer = ICMTrainer(config(), args, collection=tiny_collection())
     trainer.train()
     trainer.push_to_hub()
     repo = hub.repos["models", "org/trained"]
@@ -229,11 +233,11 @@ class TestRefusals:
         collection = tiny_collection()
         collection.task_vectors = {}
         with pytest.raises(ValueError, match=r"no task vectors for 'task0': call collection\.encode"):
-            ICMTrainer(collection)
+            ICMTrainer(collection=collection)
 
     def test_another_layout(self, tmp_path):
         with pytest.raises(ValueError, match="they must be one"):
-            ICMTrainer(tiny_collection(), generator(florence_layout()), arguments(tmp_path))
+            ICMTrainer(generator(florence_layout()), arguments(tmp_path), collection=tiny_collection())
 
     @pytest.mark.parametrize("options", [{"max_handful": 0}, {"held_out": 1.0}, {"leave_out_rate": -0.1}, {"kl_warmup_ratio": 1.5}])
     def test_arguments(self, options, tmp_path):
@@ -243,7 +247,7 @@ class TestRefusals:
 
 
 def test_a_trained_generator_saves_and_loads(tmp_path):
-    trainer = ICMTrainer(tiny_collection(), config(), arguments(tmp_path / "t", num_train_epochs=3))
+    trainer = ICMTrainer(config(), arguments(tmp_path / "t", num_train_epochs=3), collection=tiny_collection())
     trainer.train()
     trainer.generator.save_pretrained(tmp_path / "g")
     loaded = ICMGenerator.from_pretrained(tmp_path / "g")
@@ -254,7 +258,76 @@ def test_a_trained_generator_saves_and_loads(tmp_path):
 
 def test_single_snapshots_leave_nothing_to_hold_out(tmp_path, caplog):
     """LoRAs that exist already: one for each task."""
-    trainer = ICMTrainer(tiny_collection(snapshots=1), config(), arguments(tmp_path, eval_strategy="epoch", num_train_epochs=2))
+    trainer = ICMTrainer(config(), arguments(tmp_path, eval_strategy="epoch", num_train_epochs=2), collection=tiny_collection(snapshots=1))
     trainer.train()
     assert "nothing is evaluated" in caplog.text
     assert trainer.generator.config.training["held_out_snapshots"] == 0 and trainer.generator.config.training["metrics"] == []
+
+
+class TestResume:
+    def recipe(self, tmp_path, collection=None, seed=0, rate=1e-3, **options):
+        args = arguments(tmp_path, seed=seed, learning_rate=rate)
+        return training_recipe(collection or tiny_collection(), config(**options), args)
+
+    def test_the_same_run_goes_on_and_another_is_refused(self, tmp_path):
+        other = tiny_collection()
+        other.snapshots = {task: part + 1 for task, part in other.snapshots.items()}
+        moved = tiny_collection()
+        moved.task_vectors = {task: -part for task, part in moved.task_vectors.items()}
+        check_recipe(tmp_path, self.recipe(tmp_path), resume=False)
+        (tmp_path / "checkpoint-3").mkdir()
+        check_recipe(tmp_path, self.recipe(tmp_path), resume=True)
+        for changed, words in (
+            ({"collection": other}, "another collection"),
+            ({"collection": moved}, "another collection"),
+            ({"seed": 1}, "seed was 0, now 1"),
+            ({"rate": 0.5}, "learning_rate was 0.001, now 0.5"),
+            ({"latent_size": 3}, "latent_size was"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                check_recipe(tmp_path, self.recipe(tmp_path, **changed), resume=True)
+        assert (tmp_path / "checkpoint-3").is_dir()
+
+    def test_an_unreadable_recipe_is_named(self, tmp_path):
+        (tmp_path / "checkpoint-3").mkdir()
+        with pytest.raises(ValueError, match="recipe.json cannot be read"):
+            check_recipe(tmp_path, self.recipe(tmp_path), resume=True)
+
+    def test_a_run_that_is_begun_anew_leaves_no_checkpoint_to_resume(self, tmp_path):
+        (tmp_path / "checkpoint-3").mkdir()
+        check_recipe(tmp_path, self.recipe(tmp_path, seed=1), resume=False)
+        assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_the_order_of_0_1_0_works_and_warns(tmp_path):
+    collection, args = tiny_collection(), arguments(tmp_path)
+    with pytest.warns(FutureWarning, match=r"write ICMTrainer\(model, args, collection=collection\)"):
+        old = ICMTrainer(collection, config(), args)
+    with pytest.warns(FutureWarning):
+        keywords = ICMTrainer(collection, args=args)
+    assert old.collection is keywords.collection is collection and old.args is keywords.args is args
+    with pytest.raises(ValueError, match="needs collection="):
+        ICMTrainer(config(), args)
+
+
+def test_noise_of_one_seed_and_epoch_never_meets_that_of_another():
+    seeds = {
+        seeded(seed, epoch, what, position).initial_seed()
+        for seed in range(4)
+        for epoch in range(-1, 8)
+        for position in range(40)
+        for what in ("sample", "episode")
+    }
+    assert len(seeds) == 4 * 9 * 40 * 2
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+def test_rounding_is_no_component(tasks):
+    layout = llama_layout()
+    draw = torch.Generator().manual_seed(0)
+    centers = 100 * torch.randn(tasks, layout.numel, generator=draw)
+    model = generator(layout, num_components=9)
+    model.fit(centers.repeat_interleave(3, 0), torch.randn(tasks, model.config.condition_dim, generator=draw))
+    used = model.network.basis.norm(dim=1) > 0
+    assert int(used.sum()) == tasks - 1
+    torch.testing.assert_close(model.network.basis[used] @ model.network.basis[used].T, torch.eye(tasks - 1), atol=1e-5, rtol=0)

@@ -216,7 +216,7 @@ class Workshop:
                 seed=seed,
                 **arguments,
             )
-            trainer = ICMTrainer(collection, config, args)
+            trainer = ICMTrainer(config, args, collection=collection)
             trainer.remove_callback(PrinterCallback)
             trainer.train()
             model: Any = trainer.generator.cpu()

@@ -37,7 +37,7 @@ def train_generator(
         report_to=[],
         use_cpu=True,
     )
-    trainer = ICMTrainer(adapters, config, args, encoder=clip)
+    trainer = ICMTrainer(config, args, collection=adapters, encoder=clip)
     trainer.train()
     trainer.generator.save_pretrained(folder)
 

@@ -111,6 +111,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     from .adapters.collection import AdapterCollection
     from .generator.configuration_icm import ICMConfig
     from .training.arguments import ICMTrainingArguments
+    from .training.recipe import check_recipe, training_recipe
     from .training.trainer import ICMTrainer
 
     collection = AdapterCollection.from_pretrained(args.collection)
@@ -127,7 +128,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         **chosen(args, ICMTrainingArguments),
     )
     config = ICMConfig(context=not args.no_context, **chosen(args, ICMConfig))
-    trainer = ICMTrainer(collection=collection, model=config, args=training_args, encoder=encoder)
+    check_recipe(f"{args.output}.work", training_recipe(collection, config, training_args), resume=args.resume)
+    trainer = ICMTrainer(config, training_args, collection=collection, encoder=encoder)
     if args.json:
         trainer.remove_callback(PrinterCallback)  # it prints the log on stdout
     # trainer_state.json is written last: a checkpoint without it was cut short

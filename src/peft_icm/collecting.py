@@ -11,7 +11,8 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -20,7 +21,9 @@ from typing import Any, Protocol
 import peft
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -36,8 +39,11 @@ from transformers import (
     set_seed,
 )
 
+from .adapters.base import base_class
 from .adapters.collection import AdapterCollection
+from .adapters.functional import check_fields
 from .adapters.layout import AdapterLayout
+from .disk import inside, replacing_file, safe_name
 from .tasks.language_modeling import context_size
 
 DONE = "done.json"
@@ -131,10 +137,8 @@ class SnapshotCallback(TrainerCallback):
         for key, value in tensors.items():
             if not torch.isfinite(value).all():
                 raise ValueError(f"Task {self.folder.name!r}: {key} is not finite after epoch {epoch}. Lower the learning rate.")
-        target = self.folder / f"epoch-{epoch:04d}.safetensors"
-        temporary = target.with_suffix(".part")
-        save_file(tensors, temporary)
-        os.replace(temporary, target)
+        with replacing_file(self.folder / f"epoch-{epoch:04d}.safetensors") as temporary:
+            save_file(tensors, temporary)
 
 
 def collect(
@@ -160,20 +164,24 @@ def collect(
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("collect() spreads tasks over processes of its own: use num_workers or shard='i/n' instead of torchrun.")
-    names = [task.name for task in tasks]
-    if not names or len(set(names)) != len(names):
+    folder = Path(args.output_dir)
+    names = [safe_name(task.name, "task") for task in tasks]
+    if not names or len({name.casefold() for name in names}) != len(names):
         raise ValueError(f"Tasks need different names, found {names}.")
+    for name in names:
+        inside(folder, name)
     if lora_config.r <= 0:
         raise ValueError(f"The LoRA rank must be a positive integer, found r={lora_config.r}.")
-    folder = Path(args.output_dir)
+    _check_before_training(str(base_model), lora_config, args)
     _check_recipe(folder, _recipe(base_model, lora_config, args))
     index, count = args.part()
-    waiting = [task for task in tasks[index::count] if not (folder / task.name / DONE).is_file()]
-    if args.num_workers == 1 or len(waiting) <= 1:
-        _work(str(base_model), waiting, lora_config, args)
-    else:
-        _spread(str(base_model), waiting, lora_config, args)
-    if not all((folder / name / DONE).is_file() for name in names):
+    with _locked(folder, index, count):
+        waiting = [task for task in tasks[index::count] if not _finished(folder / task.name, args)]
+        if args.num_workers == 1 or len(waiting) <= 1:
+            _work(str(base_model), waiting, lora_config, args)
+        else:
+            _spread(str(base_model), waiting, lora_config, args)
+    if not all(_finished(folder / name, args) for name in names):
         return None
     return gather(folder, tasks)
 
@@ -192,19 +200,21 @@ def gather(folder: str | Path, tasks: Sequence[Task]) -> AdapterCollection:
         `ValueError`: If a task is not finished, or two have different layouts.
     """
     root = Path(folder)
-    recipe = json.loads((root / RECIPE).read_text())
+    recipe = _read_json(root / RECIPE)
     layout: AdapterLayout | None = None
     snapshots, losses = {}, {}
     for task in tasks:
-        if not (root / task.name / DONE).is_file():
+        if not (root / safe_name(task.name, "task") / DONE).is_file():
             raise ValueError(f"Task {task.name!r} is not finished in {root}: run collect again.")
-        done = json.loads((root / task.name / DONE).read_text())
-        found = AdapterLayout.from_dict(done["layout"])
-        layout = layout or found
-        if found.fingerprint != layout.fingerprint:
-            raise ValueError(f"Task {task.name!r} has another layout: {layout.difference(found)}.")
-        files = sorted((root / task.name).glob("epoch-*.safetensors"), key=lambda file: int(file.stem.split("-")[1]))
-        snapshots[task.name] = torch.stack([layout.flatten(load_file(file)) for file in files])
+        done = _read_json(root / task.name / DONE)
+        own = AdapterLayout.from_dict(done["layout"])
+        layout = layout or own
+        if own.fingerprint != layout.fingerprint:
+            raise ValueError(f"Task {task.name!r} has another layout: {layout.difference(own)}.")
+        snapshots[task.name] = torch.stack([layout.flatten(_read_snapshot(file)) for file in _snapshots(inside(root, task.name))])
+        if len(snapshots[task.name]) != recipe["num_snapshots"]:
+            found, wanted = len(snapshots[task.name]), recipe["num_snapshots"]
+            raise ValueError(f"Task {task.name!r} has {found} snapshots in {root}, its recipe {wanted}: run collect again.")
         losses[task.name] = done["train_loss"]
     assert layout is not None
     metadata = {
@@ -226,15 +236,66 @@ def _recipe(base_model: str | os.PathLike[str], lora_config: LoraConfig, args: C
     return json.loads(json.dumps({"base_model": str(base_model), "lora": lora, **own}))
 
 
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): it is of an interrupted run; delete its folder and collect again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no JSON object: it is of another program; delete its folder and collect again.")
+    return found
+
+
+def _snapshots(folder: Path) -> list[Path]:
+    """The snapshots of a task, by epoch."""
+    return sorted(folder.glob("epoch-*.safetensors"), key=lambda file: int(file.stem.split("-")[1]))
+
+
+def _read_snapshot(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole safetensors file ({error}): delete its folder and run collect again.") from error
+
+
+def _finished(folder: Path, args: CollectingArguments) -> bool:
+    """Whether a task was trained to its end and has all its snapshots; one that lost some is trained again."""
+    return (folder / DONE).is_file() and len(_snapshots(folder)) == args.num_snapshots
+
+
+@contextmanager
+def _locked(folder: Path, index: int, count: int) -> Iterator[None]:
+    """Keep a second process out of the same part of a work folder."""
+    lock = FileLock(folder / f".lock-{index + 1}-of-{count}")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"Another process is collecting into {folder}: wait for it, or choose another folder or shard.") from error
+    with lock:
+        lock.release()
+        yield
+
+
+def _check_before_training(base_model: str, lora_config: LoraConfig, args: CollectingArguments) -> None:
+    """Refuse what would fail after hours: a LoRA on the base, on the meta device, must have a layout; a block must fit its context."""
+    check_fields(lora_config.to_dict())
+    config = AutoConfig.from_pretrained(base_model)
+    bound, block_size = context_size(config), args.dataset_kwargs.get("block_size")
+    if bound and isinstance(block_size, int) and block_size > bound:
+        raise ValueError(f"block_size={block_size} is more than the {bound} tokens that {base_model} reads at once.")
+    with torch.device("meta"):
+        model = get_peft_model(base_class(config)._from_config(config), copy.deepcopy(lora_config))
+    AdapterLayout.from_peft_model(model)  # type: ignore[arg-type]
+
+
 def _check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / RECIPE
     if not file.is_file():
-        temporary = file.with_suffix(f".{os.getpid()}.part")
-        temporary.write_text(json.dumps(recipe, indent=1))
-        os.replace(temporary, file)
+        with replacing_file(file) as temporary:
+            temporary.write_text(json.dumps(recipe, indent=1))
         return
-    found = json.loads(file.read_text())
+    found = _read_json(file)
     for name, value in recipe.items():
         if found.get(name) != value:
             raise ValueError(
@@ -254,8 +315,9 @@ def _spread(base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, arg
         # Workers inherit the blocked Ctrl-C: it is for this process, which ends them. Starting the tracker would unblock it.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        for worker in workers:
-            worker.start()
+        for number, worker in enumerate(workers):
+            with _one_gpu(number):
+                worker.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         with tqdm(total=len(tasks), desc="collecting", unit="task") as bar:
             while alive := [worker for worker in workers if worker.is_alive()]:
@@ -271,25 +333,36 @@ def _spread(base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, arg
         )
 
 
+@contextmanager
+def _one_gpu(number: int) -> Iterator[None]:
+    """What a process started here sees of the GPUs: one, in turn."""
+    name, before = "CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = before.split(",") if before else [str(index) for index in range(torch.cuda.device_count())]
+    if not visible:
+        yield
+        return
+    os.environ[name] = visible[number % len(visible)]
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
 def _work(base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, args: CollectingArguments, threads: int | None = None) -> None:
     if not tasks:
         return
     if threads:
         torch.set_num_threads(threads)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an orderly end: semaphores are released
-    config = AutoConfig.from_pretrained(base_model)
-    base = getattr(transformers, config.architectures[0]).from_pretrained(base_model, dtype=args.dtype)
+    base = base_class(AutoConfig.from_pretrained(base_model)).from_pretrained(base_model, dtype=args.dtype, use_safetensors=True)
     processor = AutoProcessor.from_pretrained(base_model)
-    bound, block_size = context_size(config), args.dataset_kwargs.get("block_size")
-    if bound and isinstance(block_size, int) and block_size > bound:
-        raise ValueError(f"block_size={block_size} is more than the {bound} tokens that {base_model} reads at once.")
     for task in tqdm(tasks, desc="collecting", unit="task", disable=threads is not None):
         base = _train(base, processor, task, lora_config, args)
 
 
 def _train(base: nn.Module, processor: Any, task: Task, lora_config: LoraConfig, args: CollectingArguments) -> nn.Module:
     """Train the LoRA of one task; returns the base as it was."""
-    folder = Path(args.output_dir) / task.name
+    folder = inside(args.output_dir, safe_name(task.name, "task"))
     shutil.rmtree(folder, ignore_errors=True)  # an unfinished run of this task
     folder.mkdir(parents=True)
     set_seed(args.seed)
@@ -310,6 +383,7 @@ def _train(base: nn.Module, processor: Any, task: Task, lora_config: LoraConfig,
             report_to="none",
             disable_tqdm=True,
         )
+        training_args._n_gpu = min(1, training_args.n_gpu)  # the Trainer would split batches over all that it sees
         trainer = Trainer(
             model=model,
             args=training_args,
@@ -319,7 +393,6 @@ def _train(base: nn.Module, processor: Any, task: Task, lora_config: LoraConfig,
         trainer.remove_callback(PrinterCallback)  # it prints on stdout, which is the caller's
         loss = trainer.train().training_loss
     done = {"layout": AdapterLayout.from_peft_model(model).to_dict(), "train_loss": round(loss, 4)}
-    temporary = folder / f"{DONE}.part"
-    temporary.write_text(json.dumps(done))
-    os.replace(temporary, folder / DONE)
+    with replacing_file(folder / DONE) as temporary:
+        temporary.write_text(json.dumps(done))
     return model.unload()

@@ -10,10 +10,23 @@ import transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from .layout import AdapterLayout
 
+# What a config without architectures is taken for; the most special first, since a BART is among the causal ones too.
+_BY_MODEL_TYPE: tuple[Any, ...] = (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 SHARES = "_shares_tensors"  # set on a model whose tensors another one reads
 Model = TypeVar("Model", PreTrainedModel, PeftModel)
 
@@ -36,17 +49,48 @@ def load_base(layout: AdapterLayout, name: str, revision: str | None, **base_mod
     if base_model_kwargs.get("trust_remote_code"):
         raise ValueError("trust_remote_code=True: code of a base is never run, load the model yourself and pass it as base_model.")
     revision = revision or "main"
+    hub = {key: base_model_kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in base_model_kwargs}
     wanted = layout.base_model_class
-    if wanted is None:  # the adapter does not say: the base's own config does, where it names a class
-        hub = {key: base_model_kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in base_model_kwargs}
-        wanted = (transformers.AutoConfig.from_pretrained(name, revision=revision, **hub).architectures or ["AutoModelForCausalLM"])[0]
-    kind: Any = getattr(transformers, wanted, None)
-    if wanted != "AutoModelForCausalLM" and not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        raise ValueError(f"transformers {transformers.__version__} has no model class {wanted[:100]}: pass base_model.")
+    # Where the adapter does not say, the base's own config does.
+    own = base_class(transformers.AutoConfig.from_pretrained(name, revision=revision, **hub)) if wanted is None else None
+    kind: Any = own or _known_class(str(wanted))
     try:
         return kind.from_pretrained(name, **{**base_model_kwargs, "revision": revision, "use_safetensors": True}).eval()
     except OSError as error:
         raise OSError(f"The base model {name}: {' '.join(str(error).split())}") from error
+
+
+def base_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of a base model by its own config.
+
+    Args:
+        config (`PreTrainedConfig`): Its first architecture, or, where it names none, the class that transformers has for its model type.
+
+    Returns:
+        `type[PreTrainedModel]`
+
+    Raises:
+        `ValueError`: If transformers has no such class, as of models with code of their own.
+    """
+    if config.architectures:
+        return _known_class(config.architectures[0])
+    for names in _BY_MODEL_TYPE:
+        if config.model_type in names:
+            found = names[config.model_type]
+            return _known_class(found if isinstance(found, str) else found[0])
+    raise ValueError(
+        f"The config of the base names no architectures, and model type {config.model_type!r} has no language model: add them."
+    )
+
+
+def _known_class(name: str) -> type[PreTrainedModel]:
+    found = getattr(transformers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(
+            f"transformers {transformers.__version__} has no model class {str(name)[:100]}; code of a base is never run: load it"
+            " yourself, or take a base that transformers knows."
+        )
+    return found
 
 
 class SharingLoraModel(LoraModel):

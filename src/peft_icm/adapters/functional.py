@@ -48,7 +48,7 @@ def normal_config(values: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[s
     """
     if values.get("peft_type") != "LORA":
         raise ValueError(f"peft_type={_short(values.get('peft_type'))} must be 'LORA': only LoRA adapters have a layout.")
-    _check_fields(values)
+    check_fields(values)
     rank, alpha = _integer("r", values.get("r", 8)), _alpha("lora_alpha", values.get("lora_alpha", 8))
     rslora = _flag("use_rslora", values.get("use_rslora"))
     said = _by_module("rank_pattern", values.get("rank_pattern"), ranks)
@@ -96,7 +96,15 @@ def exactly(module: str) -> str:
     return f"^{re.escape(module)}"
 
 
-def _check_fields(values: Mapping[str, Any]) -> None:
+def check_fields(values: Mapping[str, Any]) -> None:
+    """Refuse the fields of a LoRA configuration that make it more than matrices of a rank and a scale on an unchanged base.
+
+    Args:
+        values (`Mapping`): `peft.LoraConfig.to_dict()`.
+
+    Raises:
+        `ValueError`: Names the field.
+    """
     known = SCALE | REFUSED | INITIALISATION | TRAINING | NAMING | ABOUT
     for name, value in values.items():
         off = value is None or value is False or value in ("none", [], {})

@@ -32,7 +32,6 @@ class Statistics(nn.Module):
     def __init__(self, sizes: list[int], condition_dim: int):
         super().__init__()
         self.sizes = sizes
-        self._spread_of: tuple[Tensor, Tensor, tuple[int, int]] | None = None
         self.register_buffer("mean", torch.zeros(len(sizes), dtype=torch.float32))
         self.register_buffer("std", torch.ones(len(sizes), dtype=torch.float32))
         self.register_buffer("condition_mean", torch.zeros(condition_dim, dtype=torch.float32))
@@ -53,18 +52,10 @@ class Statistics(nn.Module):
         self.condition_std.copy_(std if std > 0 else torch.ones(()))
 
     def _spread(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of every coordinate, `[P]` each; kept until a buffer is replaced or written to."""
-        versions = (self.mean._version, self.std._version)
-        known = self._spread_of
-        if known is None or known[0] is not self.mean or known[1] is not self.std or known[2] != versions:
-            sizes = torch.tensor(self.sizes, device=self.mean.device)
-            total = sum(self.sizes)  # given, because a tensor on the meta device cannot tell it
-            self._spread_values = (
-                self.mean.repeat_interleave(sizes, output_size=total),
-                self.std.repeat_interleave(sizes, output_size=total),
-            )
-            self._spread_of = (self.mean, self.std, versions)
-        return self._spread_values
+        """Mean and standard deviation of every coordinate, `[P]` each."""
+        sizes = torch.tensor(self.sizes, device=self.mean.device)
+        total = sum(self.sizes)  # given, because a tensor on the meta device cannot tell it
+        return self.mean.repeat_interleave(sizes, output_size=total), self.std.repeat_interleave(sizes, output_size=total)
 
     def normalize(self, parameters: Tensor) -> Tensor:
         """`[..., P]` in the units of the adapters -> zero mean, unit variance for each tensor, fp32."""
@@ -167,17 +158,21 @@ class PrincipalNetwork(nn.Module):
 
     @torch.no_grad()
     def fit(self, parameters: Tensor) -> None:
-        """PCA of normalised snapshots `[N, P]` through their `[N, N]` Gram matrix; components past N - 1 stay zero."""
-        self.center.copy_(parameters.mean(0))
-        centered = parameters - parameters.mean(0)
-        eigenvalues, vectors = torch.linalg.eigh((centered @ centered.T).double())
+        """PCA of normalised snapshots `[N, P]` through their `[N, N]` Gram matrix in fp64; components past N - 1 stay zero.
+
+        In fp32 the rounding of the Gram matrix passes for a component where snapshots are nearly alike.
+        """
+        center = parameters.double().mean(0)
+        centered = parameters.double() - center
+        eigenvalues, vectors = torch.linalg.eigh(centered @ centered.T)
         eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
-        rank = min(len(self.scale), int((eigenvalues > eigenvalues[0] * 1e-9).sum()))
-        singular = eigenvalues[:rank].sqrt().float()
+        rank = min(len(self.scale), len(parameters) - 1, int((eigenvalues > eigenvalues[0] * 1e-9).sum()))
+        singular = eigenvalues[:rank].sqrt()
+        self.center.copy_(center)
         self.basis.zero_()
         self.scale.fill_(1.0)
-        self.basis[:rank] = (vectors[:, :rank].float().T @ centered) / singular[:, None]
-        self.scale[:rank] = singular / len(parameters) ** 0.5
+        self.basis[:rank] = ((vectors[:, :rank].T @ centered) / singular[:, None]).to(self.basis.dtype)
+        self.scale[:rank] = (singular / len(parameters) ** 0.5).to(self.scale.dtype)
 
     def encode(self, parameters: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior of z (Eq. 3): `[B, P]`, `[B, d]` -> mean and log-variance, `[B, k]` each."""

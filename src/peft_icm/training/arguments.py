@@ -34,8 +34,6 @@ class ICMTrainingArguments(TrainingArguments):
 
     Args:
         kl_warmup_ratio (`float`, defaults to 0.1): Share of the steps over which the KL weight rises from 0 to `config.kl_weight`.
-        early_stopping_patience (`int`, *optional*): Stop after so many evaluations without a better eval loss; needs
-            `load_best_model_at_end=True`.
     """
 
     output_dir: str | None = field(default="icm-generator")
@@ -48,7 +46,6 @@ class ICMTrainingArguments(TrainingArguments):
     leave_out_rate: float = field(default=0.5)
     held_out: float = field(default=0.2)
     kl_warmup_ratio: float = field(default=0.1)
-    early_stopping_patience: int | None = field(default=None)
 
     def __post_init__(self) -> None:
         """Check the ranges."""

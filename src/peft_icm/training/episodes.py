@@ -7,6 +7,7 @@ its task, with a condition that is drawn anew - the mean of a random handful of 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
 
@@ -20,6 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 Key = tuple[int, int, int, int]  # epoch, position in the epoch, task, snapshot
+
+
+def seeded(*parts: int | str) -> torch.Generator:
+    """A generator whose seed is a hash of all parts: what is drawn for one seed and epoch never meets that of another."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class EpisodeDataset(Dataset[dict[str, Tensor]]):
@@ -40,7 +47,7 @@ class EpisodeDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, key: Key) -> dict[str, Tensor]:
         epoch, position, task, snapshot = key
-        draw = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch * 100_003 + position)
+        draw = seeded(self.args.seed, epoch, "sample", position)
         noise = torch.randn(self.latent_size, generator=draw)
         vectors = self.task_vectors[task]
         handful = int(torch.randint(1, self.args.max_handful + 1, (), generator=draw))
@@ -50,7 +57,7 @@ class EpisodeDataset(Dataset[dict[str, Tensor]]):
         hide = False
         if epoch >= 0:
             condition = condition + self.noise * torch.randn(condition.shape, generator=draw)
-            episode = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch * 100_003 + position // self.batch_size + 50_000)
+            episode = seeded(self.args.seed, epoch, "episode", position // self.batch_size)
             hide = bool(torch.rand((), generator=episode) < self.args.leave_out_rate)
         return {
             "parameters": self.snapshots[task][snapshot],
@@ -82,7 +89,7 @@ class EpisodeSampler(Sampler[Key]):
         if self.evaluate:
             pairs = [(task, index) for task, count in enumerate(counts) for index in range(count)]
         else:
-            draw = torch.Generator().manual_seed(self.dataset.args.seed * 7919 + self.epoch)
+            draw = seeded(self.dataset.args.seed, self.epoch, "order")
             orders = [torch.randperm(count, generator=draw).tolist() for count in counts]
             rounds = [torch.randperm(len(counts), generator=draw).tolist() for _ in range(max(counts))]
             pairs = [(task, orders[task][turn % counts[task]]) for turn, tasks in enumerate(rounds) for task in tasks]

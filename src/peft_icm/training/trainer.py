@@ -8,13 +8,13 @@ its task, with a condition that is drawn anew - the mean of a random handful of 
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
-    EarlyStoppingCallback,
     EvalPrediction,
     IntervalStrategy,
     Trainer,
@@ -63,10 +63,10 @@ class ICMTrainer(Trainer):
     normalised units, and `eval_variance_explained`.
 
     Args:
-        collection (`AdapterCollection`): With task vectors.
         model ([`ICMGenerator`] or [`ICMConfig`], *optional*): What to train. A config, or nothing, builds a new generator, whose
             layout, encoder and tasks are those of the collection and whose statistics are estimated from it.
         args ([`ICMTrainingArguments`], *optional*): Defaults where not given.
+        collection (`AdapterCollection`): With task vectors.
         encoder (`TaskEncoder`, *optional*): The encoder of the task vectors; saved with the generator if it is a local one.
         **kwargs: For transformers' `Trainer`.
 
@@ -76,12 +76,22 @@ class ICMTrainer(Trainer):
 
     def __init__(
         self,
-        collection: AdapterCollection,
         model: ICMGenerator | ICMConfig | None = None,
         args: ICMTrainingArguments | None = None,
+        collection: AdapterCollection | None = None,
         encoder: TaskEncoder | None = None,
         **kwargs: Any,
     ):
+        if isinstance(model, AdapterCollection):  # the order of 0.1.0: collection, model, args
+            warnings.warn(
+                "ICMTrainer(collection, model, args) is deprecated, write ICMTrainer(model, args, collection=collection).",
+                FutureWarning,
+                stacklevel=2,
+            )
+            rest = (None, args) if isinstance(args, TrainingArguments) else (args, collection)
+            (model, args), collection = rest, model  # type: ignore[assignment]
+        if collection is None:
+            raise ValueError("ICMTrainer needs collection=, an AdapterCollection with task vectors.")
         args = args or ICMTrainingArguments()
         missing = [task for task in collection.tasks if task not in collection.task_vectors]
         if missing:
@@ -120,9 +130,7 @@ class ICMTrainer(Trainer):
         )
         self.label_names = ["parameters"]
         self.add_callback(RefreshContext(self))
-        if args.early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-        self._parts: dict[str, list[Tensor]] = {}
+        self._parts: dict[str, tuple[Tensor, int]] = {}  # sums since the last log, and of how many steps
 
     # ------------------------------------------------------------------ episodes
     def _get_train_sampler(self, train_dataset: Any = None) -> EpisodeSampler:
@@ -148,14 +156,15 @@ class ICMTrainer(Trainer):
         ramp = min(1.0, self.state.global_step / warmup) if warmup and model.training else 1.0
         loss = outputs.reconstruction_loss + ramp * self.generator.config.kl_weight * outputs.kl_loss
         if model.training:
-            self._parts.setdefault("kl", []).append(outputs.kl_loss.detach())
-            self._parts.setdefault("mse", []).append(outputs.squared_error.detach().mean())
+            for name, value in (("kl", outputs.kl_loss), ("mse", outputs.squared_error.mean())):
+                total, count = self._parts.get(name, (torch.zeros_like(outputs.kl_loss), 0))
+                self._parts[name] = (total + value.detach(), count + 1)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean KL (nats) and squared error since the last log."""
         if "loss" in logs:
-            logs |= {name: round(float(torch.stack(values).mean()), 4) for name, values in self._parts.items()}
+            logs |= {name: round(float(total / count), 4) for name, (total, count) in self._parts.items()}
             self._parts.clear()
         super().log(logs, start_time)
 
