@@ -25,7 +25,7 @@ import pytest  # noqa: E402
 @pytest.fixture(params=["regular", "lfs"])
 def hub(request):
     """An empty Hub, in each of the two upload modes."""
-    _hub.__dict__ |= {"repos": {}, "objects": {}, "requests": [], "cut": None, "pull_requests": 0}
+    _hub.__dict__ |= {"repos": {}, "objects": {}, "requests": [], "cut": None, "trouble": {}, "pull_requests": 0}
     _hub.lfs_above = 0 if request.param == "lfs" else 10**9
     return _hub
 

@@ -22,11 +22,13 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
+    descriptions: list[str] = field(default_factory=list)  # of the commits in `log`
 
-    def commit(self, branch: str, files: dict[str, bytes], message: str) -> str:
+    def commit(self, branch: str, files: dict[str, bytes], message: str, description: str = "") -> str:
         sha = hashlib.sha1(f"{message}{len(self.commits)}".encode()).hexdigest()
         self.commits[sha], self.branches[branch] = files, sha
         self.log.append(message)
+        self.descriptions.append(description)
         return sha
 
     def files(self, revision: str = "main") -> dict[str, bytes] | None:
@@ -46,6 +48,7 @@ class Hub:
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.cut: str | None = None  # downloads of this file break off half-way
+        self.trouble: dict[str, tuple[int, str]] = {}  # beginning of a path -> status and error code of every answer under it
         self.pull_requests = 0
         hub = self
 
@@ -81,6 +84,12 @@ class _Handler(BaseHTTPRequestHandler):
     def fail(self, status: int, code: str) -> None:
         self.answer({"error": code}, status, {"X-Error-Code": code, "X-Error-Message": code})
 
+    def in_trouble(self, path: str) -> bool:
+        answer = next((answer for start, answer in self.state.trouble.items() if path.startswith(start)), None)
+        if answer:
+            self.fail(*answer)
+        return answer is not None
+
     def body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
@@ -103,6 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.state.requests.append((self.command, path))
+        if self.in_trouble(path):
+            return
         if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/revision/(.+)", path):
             self.info(*match.groups())
         elif match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)", path):
@@ -119,6 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.state.requests.append(("POST", path))
         body = self.body()
+        if self.in_trouble(path):
+            return None
         if path == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
         if not self.signed_in:
@@ -180,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in repo.branches:
             return self.fail(404, "RevisionNotFound")
         lines = [json.loads(line) for line in body.splitlines() if line.strip()]
-        message = next(line["value"]["summary"] for line in lines if line["key"] == "header")
+        header = next(line["value"] for line in lines if line["key"] == "header")
         files = dict(repo.files(revision) or {})
         for line in lines:
             value = line["value"]
@@ -194,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.state.pull_requests += 1
             target = f"refs/pr/{self.state.pull_requests}"
             answer["pullRequestUrl"] = f"{self.state.url}/{name}/discussions/{self.state.pull_requests}"
-        sha = repo.commit(target, files, message)
+        sha = repo.commit(target, files, header["summary"], header.get("description") or "")
         self.answer({**answer, "commitOid": sha, "commitUrl": f"{self.state.url}/{name}/commit/{sha}"})
 
     def info(self, kind: str, name: str, revision: str) -> None:

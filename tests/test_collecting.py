@@ -169,9 +169,9 @@ class TestRefusals:
             (tmp_path / name).mkdir()
             for file in (collected[1] / name).iterdir():
                 (tmp_path / name / file.name).write_bytes(file.read_bytes())
-        (tmp_path / "recipe.json").write_text("{}")
+        (tmp_path / "recipe.json").write_bytes((collected[1] / "recipe.json").read_bytes())
         done = json.loads((tmp_path / "novel" / "done.json").read_text())
-        done["layout"]["shapes"][0][0] = 7
+        done["layout"]["peft_config"]["lora_alpha"] = 7
         (tmp_path / "novel" / "done.json").write_text(json.dumps(done))
         with pytest.raises(ValueError, match="Task 'novel' has another layout"):
             gather(tmp_path, tasks()[:2])

@@ -285,7 +285,7 @@ def _check_before_training(base_model: str, lora_config: LoraConfig, args: Colle
         raise ValueError(f"block_size={block_size} is more than the {bound} tokens that {base_model} reads at once.")
     with torch.device("meta"):
         model = get_peft_model(base_class(config)._from_config(config), copy.deepcopy(lora_config))
-    AdapterLayout.from_peft_model(model)  # type: ignore[arg-type]
+    AdapterLayout.from_peft_model(model)
 
 
 def _check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
@@ -354,7 +354,7 @@ def _work(base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, args:
     if threads:
         torch.set_num_threads(threads)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an orderly end: semaphores are released
-    base = base_class(AutoConfig.from_pretrained(base_model)).from_pretrained(base_model, dtype=args.dtype, use_safetensors=True)
+    base: nn.Module = base_class(AutoConfig.from_pretrained(base_model)).from_pretrained(base_model, dtype=args.dtype, use_safetensors=True)
     processor = AutoProcessor.from_pretrained(base_model)
     for task in tqdm(tasks, desc="collecting", unit="task", disable=threads is not None):
         base = _train(base, processor, task, lora_config, args)

@@ -100,7 +100,7 @@ def _add(
                 model.add_adapter(adapter_name, config)
                 wrapped = model
             else:
-                wrapped = get_peft_model(model, config, adapter_name=adapter_name)  # type: ignore[assignment]
+                wrapped = get_peft_model(model, config, adapter_name=adapter_name)
                 if SHARES in base.__dict__:
                     wrapped.base_model.__class__ = SharingLoraModel  # peft offers no hook before a merge
         _fill(wrapped, state_dict, adapter_name, is_trainable)

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-import os
-import textwrap
+import shutil
+import zlib
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .base import TaskEncoder, weights_sha256
+from ..disk import replacing_folder
+from ..hub.files import resolve
+from .base import HubOptions, TaskEncoder, loading
+from .clip_config import check_clip_config, read_clip_config
+from .hashes import config_sha256, processor_parts, weights_sha256
 
 MERGES = "bpe_merges.txt.gz"
-WEIGHTS = "open_clip_model.safetensors"
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 CONFIG = "open_clip_config.json"
+HUB = "hf-hub:"
+MAX_MERGES = 16 << 20  # bytes, unpacked; open_clip's own file has 3 million
 
 
 class ClipEncoder(TaskEncoder):
     """Text and pictures in the space that CLIP's two towers share.
 
-    Of a text it is the EOT token's state in the last layer, the paper's task vector (section 4.1), projected or not; of a picture the
-    projected embedding.
+    Of a text it is the EOT token's state in the last layer, the paper's task vector (section 4.1), projected; of a picture the projected
+    embedding.
 
     Args:
         model (`open_clip.CLIP`): With its two towers, and how its pictures are prepared.
@@ -35,11 +44,12 @@ class ClipEncoder(TaskEncoder):
         checkpoint (`str`): Where it came from.
         model_cfg (`dict`): open_clip's config of the model.
         pretrained (`str`, *optional*): open_clip's tag of the weights.
-        projected (`bool`, defaults to `True`): The embedding that is shared with pictures; otherwise a text's state before the projection,
-            and no pictures.
+        revision (`str`, *optional*): Revision of the Hub repo.
+        merges (`Path`, *optional*): The tokenizer's merges, where they are not open_clip's own.
     """
 
     kind: ClassVar[str] = "clip"
+    options: ClassVar[tuple[str, ...]] = ("pretrained", "projected", "revision")
     accepts = ("text", "images")
 
     def __init__(
@@ -49,86 +59,151 @@ class ClipEncoder(TaskEncoder):
         checkpoint: str,
         model_cfg: dict[str, Any],
         pretrained: str | None = None,
-        projected: bool = True,
+        revision: str | None = None,
+        merges: Path | None = None,
     ):
-        self.model, self.tokenizer, self.model_cfg, self.projected = model.eval(), tokenizer, model_cfg, projected
-        self.preprocess = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(model)), is_train=False)
+        self.model, self.tokenizer, self.model_cfg, self.merges = model.eval(), tokenizer, model_cfg, merges
+        self.max_tokens = tokenizer.context_length
+        prepared = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
+        self.preprocess = image_transform_v2(prepared, is_train=False)
+        own = isinstance(tokenizer, open_clip.SimpleTokenizer)
         self.config = {
             "kind": self.kind,
             "checkpoint": checkpoint,
             "pretrained": pretrained,
-            "projected": projected,
-            "dim": model_cfg["embed_dim"] if projected else model_cfg["text_cfg"]["width"],
+            "dim": model_cfg["embed_dim"],
             "sha256": weights_sha256(model),
-        }
+            "config_sha256": config_sha256(
+                model=model_cfg,
+                preprocess=asdict(prepared),
+                tokenizer=list(tokenizer.encoder) if own else processor_parts(tokenizer.tokenizer),
+            ),
+        } | ({"revision": revision} if revision else {})
 
     @classmethod
-    def from_pretrained(cls, checkpoint: str, *, pretrained: str | None = None, projected: bool = True, **_: Any) -> ClipEncoder:
-        """Load any open_clip model.
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        checkpoint: str,
+        *,
+        pretrained: str | None = None,
+        revision: str | None = None,
+        projected: bool = True,
+        **hub: Unpack[HubOptions],
+    ) -> ClipEncoder:
+        """Load an open_clip model.
 
         Args:
             checkpoint (`str`): A model name of open_clip (`"ViT-L-14"`), `"hf-hub:org/repo"`, or a folder with
-                `open_clip_config.json` and weights.
-            pretrained (`str`, *optional*): open_clip's tag (`"openai"`) or a file of weights; needed for model names.
-            projected (`bool`, defaults to `True`): See the class.
+                `open_clip_config.json` and `open_clip_model.safetensors`.
+            pretrained (`str`, *optional*): open_clip's tag (`"openai"`) or a file of weights in safetensors; needed for model names.
+            revision (`str`, *optional*): Of the Hub repo.
+            projected (`bool`, defaults to `True`): Nothing else is read; encoders saved by peft_icm 0.1.0 name it.
+            **hub: `token`, `cache_dir` and `local_files_only`.
 
         Raises:
-            `ValueError`: If open_clip does not know the model, a model name comes without weights, or the weights do not fit the config.
+            `ValueError`: If open_clip does not know the model, a model name comes without weights, the weights are in no safetensors file
+                or do not fit the config, or the config or the merges of a folder or repo hold what [`check_clip_config`] does not allow.
+            `OSError`: If the repo cannot be read.
         """
-        if os.path.isdir(checkpoint):
-            if not (Path(checkpoint) / CONFIG).is_file():
-                raise ValueError(f"{checkpoint} is no open_clip checkpoint: it has no {CONFIG}.")
-            model_cfg = json.loads((Path(checkpoint) / CONFIG).read_text())["model_cfg"]
-            name = f"local-dir:{checkpoint}"
-            # A trimmed vocabulary travels as a file of merges, which open_clip's config cannot name by a relative path.
-            merges = Path(checkpoint) / MERGES
-            trimmed = {"bpe_path": str(merges)} if merges.is_file() else {}
-        else:
-            name, trimmed = checkpoint, {}
-            model_cfg = open_clip.get_model_config(checkpoint) or {}
-            if not model_cfg:
-                raise ValueError(f"open_clip has no model {checkpoint!r}, and no such folder exists: see open_clip.list_models().")
-            if pretrained is None and not checkpoint.startswith("hf-hub:"):
-                tags = open_clip.list_pretrained_tags_by_model(checkpoint)
-                raise ValueError(f"{checkpoint} needs pretrained=, one of {', '.join(tags)} or a file of weights.")
+        if projected is not True:
+            raise ValueError(f"projected={projected!r}: task vectors before the projection are not made any more, encode the tasks again.")
+        if checkpoint.startswith(HUB):
+            found = resolve(checkpoint.removeprefix(HUB), revision=revision, allow_patterns=[CONFIG, MERGES, *WEIGHTS], **hub)
+            return cls._from_folder(found, checkpoint, revision)
+        if Path(checkpoint).is_dir():
+            return cls._from_folder(Path(checkpoint), checkpoint, None)
+        if checkpoint not in open_clip.list_models():
+            raise ValueError(f"open_clip has no model {checkpoint!r}, and no such folder exists: see open_clip.list_models().")
+        tags = open_clip.list_pretrained_tags_by_model(checkpoint)
+        if pretrained not in tags and Path(pretrained or "").suffix != ".safetensors":
+            raise ValueError(f"{checkpoint} needs pretrained=, one of {', '.join(tags)} or a file of weights in safetensors.")
         # OpenAI's weights are for another activation than open_clip's config of their names has.
-        quick_gelu = open_clip.get_pretrained_cfg(checkpoint, pretrained or "").get("quick_gelu", False)
-        model_cfg |= {"quick_gelu": True} if quick_gelu else {}
-        try:
-            model = open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True)
-        except (RuntimeError, AssertionError) as error:
-            reason = textwrap.shorten(str(error).splitlines()[-1], 300)  # the last of the tensors that do not fit
-            raise ValueError(f"{checkpoint} cannot be loaded: {reason}. Its weights and its config must be of one model.") from error
-        tokenizer = open_clip.get_tokenizer(name, context_length=model_cfg["text_cfg"].get("context_length"), **trimmed)
-        return cls(model, tokenizer, checkpoint, model_cfg, pretrained, projected)
+        quick_gelu = open_clip.get_pretrained_cfg(checkpoint, pretrained).get("quick_gelu", False)
+        model_cfg = open_clip.get_model_config(checkpoint) | ({"quick_gelu": True} if quick_gelu else {})
+        cache = str(hub["cache_dir"]) if hub.get("cache_dir") else None
+        with loading(checkpoint):
+            model = open_clip.create_model(
+                checkpoint, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True, cache_dir=cache
+            )
+            tokenizer = open_clip.get_tokenizer(checkpoint, cache_dir=cache)
+        return cls(model, tokenizer, checkpoint, model_cfg, pretrained)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, checkpoint: str, revision: str | None) -> ClipEncoder:
+        if not (folder / CONFIG).is_file():
+            raise ValueError(f"{checkpoint} is no open_clip checkpoint: it has no {CONFIG}.")
+        config = read_clip_config(folder / CONFIG)
+        weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+        if weights is None:
+            raise ValueError(
+                f"{checkpoint} cannot be loaded: it has no {WEIGHTS[0]}; weights in other formats are not loaded, convert them."
+            )
+        merges = folder / MERGES if (folder / MERGES).is_file() else None
+        model_cfg = dict(config["model_cfg"])
+        kind = open_clip.CustomTextCLIP if model_cfg.get("custom_text") else open_clip.CLIP
+        arguments = {name: value for name, value in model_cfg.items() if name != "custom_text"}
+        with loading(checkpoint):
+            with torch.device("meta"):  # no memory before it is known that the weights are about as many
+                wanted = sum(tensor.numel() for tensor in kind(**arguments).state_dict().values())
+            with safe_open(weights, "pt") as file:
+                found = sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
+            if wanted > 4 * found + 10_000_000:
+                raise ValueError(f"{CONFIG} is of a model of {wanted} numbers, {weights.name} has {found}: they must be of one model.")
+            model = kind(**arguments)
+            open_clip.load_checkpoint(model, str(weights))
+            prepared = {"size": model.visual.image_size} | config.get("preprocess_cfg", {})
+            open_clip.model.set_model_preprocess_cfg(model, asdict(PreprocessCfg(**prepared | {"size": model.visual.image_size})))
+        if merges:
+            _check_merges(merges)
+        tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length, **({"bpe_path": str(merges)} if merges else {}))
+        if tokenizer.vocab_size > model.vocab_size:
+            raise ValueError(
+                f"{checkpoint}: the tokenizer has {tokenizer.vocab_size} tokens, model_cfg.text_cfg.vocab_size of {CONFIG} is"
+                f" {model.vocab_size}: {MERGES} must be that of the model."
+            )
+        return cls(model, tokenizer, checkpoint, model_cfg, revision=revision, merges=merges)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the configs of model and pictures, weights in bf16 where they are exact in it, and the trimmed merges."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
+        """Write the configs of model and pictures, weights in bf16 where they are exact in it, and the trimmed merges.
+
+        Args:
+            folder (`str` or `Path`): Where to; replaced in one step.
+
+        Raises:
+            `ValueError`: If the model has a tokenizer or a text tower of transformers: it is loaded by its name alone.
+        """
         config = {"model_cfg": self.model_cfg, "preprocess_cfg": open_clip.get_model_preprocess_cfg(self.model)}
-        (path / CONFIG).write_text(json.dumps(config, indent=1))
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.model.state_dict().items()}
-        halves = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
-        exact = all(torch.equal(half.to(tensors[name].dtype), tensors[name]) for name, half in halves.items())
-        save_file(halves if exact else tensors, path / f"{WEIGHTS}.part")
-        os.replace(path / f"{WEIGHTS}.part", path / WEIGHTS)
-        source = Path(self.config["checkpoint"]) / MERGES
-        if source.is_file() and source.resolve() != (path / MERGES).resolve():
-            (path / MERGES).write_bytes(source.read_bytes())
+        config = json.loads(json.dumps(config))
+        check_clip_config(config, f"{self.config['checkpoint']} cannot be saved")
+        with replacing_folder(folder) as path:
+            (path / CONFIG).write_text(json.dumps(config, indent=1))
+            tensors = {name: tensor.detach().contiguous() for name, tensor in self.model.state_dict().items()}
+            halves = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+            exact = all(torch.equal(half.to(tensors[name].dtype), tensors[name]) for name, half in halves.items())
+            save_file(halves if exact else tensors, path / WEIGHTS[0])
+            if self.merges:
+                shutil.copyfile(self.merges, path / MERGES)
+
+    def _count_tokens(self, texts: list[str]) -> list[int]:
+        if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
+            return [len(self.tokenizer.encode(text)) + 2 for text in texts]  # with the tokens that start and end every text
+        return [len(ids) for ids in self.tokenizer.tokenizer(texts, verbose=False)["input_ids"]]
 
     def _embed(self, items: list[Any]) -> Tensor:
+        weight = next(self.model.parameters())
         if isinstance(items[0], Image.Image):
-            if not self.projected:
-                raise ValueError("This clip encoder has projected=False, before the space that text and pictures share: load it with True.")
             pixels = torch.stack([self.preprocess(image) for image in items])
-            return F.normalize(self.model.encode_image(pixels).float(), dim=1)
-        tokens = self.tokenizer(items)
-        if self.projected:
-            return F.normalize(self.model.encode_text(tokens).float(), dim=1)
-        # The projection is the last step of encode_text; a forward without it is one with the identity in its place.
-        projection, self.model.text_projection = self.model.text_projection, None
-        try:
-            return F.normalize(self.model.encode_text(tokens).float(), dim=1)
-        finally:
-            self.model.text_projection = projection
+            return F.normalize(self.model.encode_image(pixels.to(weight)).float(), dim=1)
+        return F.normalize(self.model.encode_text(self.tokenizer(items).to(weight.device)).float(), dim=1)
+
+
+def _check_merges(file: Path) -> None:
+    """Refuse merges that are no gzip of text, or that unpack to more than any vocabulary has."""
+    try:
+        with gzip.open(file) as packed:
+            text = packed.read(MAX_MERGES + 1)
+        text.decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no gzip of merges ({error}): download the checkpoint again.") from error
+    if len(text) > MAX_MERGES:
+        raise ValueError(f"{file} unpacks to more than {MAX_MERGES >> 20} MiB: no vocabulary has that many merges.")

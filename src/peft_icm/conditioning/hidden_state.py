@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 from transformers import (
-    AutoConfig,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -21,14 +23,17 @@ from transformers import (
     ProcessorMixin,
 )
 
-from .base import TaskEncoder, weights_sha256
+from ..disk import replacing_folder
+from .base import HubOptions, TaskEncoder, context_length, load_config, loading
+from .hashes import config_sha256, model_parts, processor_parts, weights_sha256
 
 
 class HiddenStateEncoder(TaskEncoder):
     r"""The last layer's state at the last token of each example: `v_task = 1/N \sum_i h_i^last` is their mean (Eq. 1).
 
-    A causal language model reads texts, and the last token is that of the text. An encoder-decoder vision-language model (Florence-2,
-    Figure 2) reads pictures: it answers `prompt` greedily, and the last token is the one that ends its answer.
+    A language model of any class reads texts, and the last token is that of the text (of an encoder-decoder such as T5, in its encoder). An
+    encoder-decoder vision-language model (Florence-2, Figure 2) reads pictures: it answers `prompt` greedily, and the last token is the
+    one that ends its answer.
 
     The paper reads the states of the fine-tuned model; here the base is *unadapted*, so that a new task needs no LoRA of its own.
 
@@ -42,6 +47,7 @@ class HiddenStateEncoder(TaskEncoder):
     """
 
     kind: ClassVar[str] = "hidden_state"
+    options: ClassVar[tuple[str, ...]] = ("revision", "prompt")
 
     def __init__(
         self,
@@ -53,8 +59,11 @@ class HiddenStateEncoder(TaskEncoder):
     ):
         self.model, self.processor = model.eval(), processor
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        sees = base.config.is_encoder_decoder
+        sees = isinstance(processor, ProcessorMixin)
+        if sees and not base.config.is_encoder_decoder:
+            raise ValueError(f"{checkpoint} has no decoder of its own: pass its tokenizer, and it reads examples.")
         self.accepts = ("images",) if sees else ("examples",)
+        self.max_tokens = None if isinstance(processor, ProcessorMixin) else context_length(base.config, processor)
         if isinstance(processor, PreTrainedTokenizerBase) and processor.pad_token_id is None:
             processor.pad_token = processor.eos_token
         self.config = {
@@ -63,26 +72,47 @@ class HiddenStateEncoder(TaskEncoder):
             "revision": revision,
             "dim": base.config.get_text_config().hidden_size,
             "sha256": weights_sha256(base),
+            "config_sha256": config_sha256(model=model_parts(base.config), processor=processor_parts(processor)),
         } | ({"prompt": prompt} if sees else {})
 
     @classmethod
-    def from_pretrained(cls, checkpoint: str, *, revision: str | None = None, prompt: str = "<OD>", **_: Any) -> HiddenStateEncoder:
+    def from_pretrained(  # type: ignore[override]
+        cls, checkpoint: str, *, revision: str | None = None, prompt: str = "<OD>", **hub: Unpack[HubOptions]
+    ) -> HiddenStateEncoder:
         """Load the base model as an encoder.
 
         Args:
-            checkpoint (`str`): Hub id or folder of a causal language model, or of an encoder-decoder vision-language model.
+            checkpoint (`str`): Hub id or folder of a language model, or of an encoder-decoder vision-language model.
             revision (`str`, *optional*): Of the Hub repo.
             prompt (`str`, defaults to `"<OD>"`): See the class.
+            **hub: `token`, `cache_dir` and `local_files_only`.
+
+        Raises:
+            `ValueError`: If the checkpoint has no weights in safetensors, or needs code of its own.
+            `OSError`: If the checkpoint cannot be found or read.
         """
-        sees = AutoConfig.from_pretrained(checkpoint, revision=revision or "main").is_encoder_decoder
-        auto, processing = (AutoModelForImageTextToText, AutoProcessor) if sees else (AutoModelForCausalLM, AutoTokenizer)
-        model = auto.from_pretrained(checkpoint, revision=revision or "main")
-        return cls(model, processing.from_pretrained(checkpoint, revision=revision or "main"), checkpoint, revision, prompt)
+        places: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False, **hub}
+        config = load_config(checkpoint, **{name: value for name, value in places.items() if name != "trust_remote_code"})
+        sees = config.is_encoder_decoder and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        auto: Any = AutoModel
+        if sees or (type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING):
+            auto = AutoModelForImageTextToText
+        elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder:
+            auto = AutoModelForCausalLM
+        with loading(checkpoint):
+            model = auto.from_pretrained(checkpoint, use_safetensors=True, **places)
+            processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(checkpoint, **places)
+        return cls(model, processor, checkpoint, revision, prompt)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model and tokenizer or processor as transformers does."""
-        self.model.save_pretrained(str(folder))
-        self.processor.save_pretrained(folder)
+        """Write model and tokenizer or processor as transformers does.
+
+        Args:
+            folder (`str` or `Path`): Where to; replaced in one step.
+        """
+        with replacing_folder(folder) as path:
+            self.model.save_pretrained(str(path))
+            self.processor.save_pretrained(path)
 
     def average(self, rows: Tensor) -> Tensor:
         """Eq. 1: the mean as it is."""
@@ -93,12 +123,16 @@ class HiddenStateEncoder(TaskEncoder):
             states, last = self._read(items) if self.accepts == ("examples",) else self._look(items)
         return states[torch.arange(len(states)), last]
 
+    def _count_tokens(self, texts: list[str]) -> list[int]:
+        return [len(ids) for ids in self.processor(texts, verbose=False)["input_ids"]]
+
     def _read(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """States `[n, T, d]` of the texts, and where each ends."""
-        limit = self.model.config.get_text_config().max_position_embeddings
-        batch = self.processor(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(self.model.device)
+        cut: dict[str, Any] = {"truncation": self.max_tokens is not None, "max_length": self.max_tokens}
+        batch = self.processor(texts, padding=True, return_tensors="pt", **cut).to(self.model.device)
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        states = self.model(**inputs, output_hidden_states=True).hidden_states[-1]
+        model: Any = self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model
+        states = model(**inputs, output_hidden_states=True).hidden_states[-1]
         positions = torch.arange(states.shape[1], device=states.device)
         return states, (batch["attention_mask"] * positions).argmax(1)  # right whichever side the padding is on
 
@@ -109,7 +143,7 @@ class HiddenStateEncoder(TaskEncoder):
             **batch.to(self.model.device, self.model.dtype),
             do_sample=False,
             num_beams=1,
-            max_new_tokens=self.model.config.get_text_config().max_position_embeddings - 1,
+            max_new_tokens=getattr(self.model.config.get_text_config(), "max_position_embeddings", 1024) - 1,
             output_hidden_states=True,
             return_dict_in_generate=True,
         )

@@ -89,7 +89,7 @@ class ICMTrainer(Trainer):
                 stacklevel=2,
             )
             rest = (None, args) if isinstance(args, TrainingArguments) else (args, collection)
-            (model, args), collection = rest, model  # type: ignore[assignment]
+            (model, args), collection = rest, model
         if collection is None:
             raise ValueError("ICMTrainer needs collection=, an AdapterCollection with task vectors.")
         args = args or ICMTrainingArguments()
