@@ -139,16 +139,16 @@ class TestCard:
     def test_the_snippet_of_an_adapter_runs(self, hub, token, tmp_path, local_base):
         model = local_base.generate_adapter(task_vector=VECTOR, generator=torch.Generator().manual_seed(5))
         repo = f"me/sofas-{local_base.layout.base_model_class}"  # the client's cache outlives this Hub
-        push_adapter(model, repo, token=token)
+        push_adapter(model, repo, token=token, with_base_model=True)
         files = hub.repos["models", repo].files()
-        assert {"adapter_config.json", "adapter_model.safetensors", "base_model/config.json", "README.md"} <= set(files)
+        assert {"adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors", "README.md"} <= set(files)
         assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == repo
         card = files["README.md"].decode()
         assert "| seed | 5 |" in card and str(tmp_path) not in card
         names = {}
         exec(card.split("```python")[1].split("```")[0], names)
         assert isinstance(names["model"], PeftModel)
-        assert type(names["base"]) is type(model.get_base_model())
+        assert type(names["model"].get_base_model()) is type(model.get_base_model())
         for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
             assert torch.equal(get_peft_model_state_dict(names["model"], save_embedding_layers=False)[name], tensor)
 

@@ -62,7 +62,7 @@ class TestInsideAGenerator:
         assert all(torch.equal(tensors[key], value) for key, value in get_peft_model_state_dict(model).items())
         card = save_adapter(model, tmp_path / "adapter") / "README.md"
         assert yaml.safe_load(card.read_text().split("---")[1])["icm"] == {
-            "generator": str(saved),
+            "generator": saved.name,  # not where it lies on this machine
             "text": "detect sofas",
             "images": 3,
             "seed": 0,
