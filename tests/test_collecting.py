@@ -236,7 +236,7 @@ class TestBeforeAnythingIsTrained:
         assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_lost_snapshot_is_trained_again_and_a_cut_one_is_named(collected, base, tmp_path):
+def test_a_lost_snapshot_and_a_cut_one_are_named(collected, base, tmp_path):
     _, folder = collected
     work = tmp_path / "work"
     shutil.copytree(folder, work)
@@ -244,6 +244,8 @@ def test_a_lost_snapshot_is_trained_again_and_a_cut_one_is_named(collected, base
     lost.unlink()
     with pytest.raises(ValueError, match="'sonnet' has .* snapshots"):
         gather(work, tasks())
+    with pytest.raises(ValueError, match=f"finished task and has {arguments(work).num_snapshots - 1} of"):
+        collect(base, tasks(), lora(), arguments(work))
     lost.write_bytes(b"half")
     with pytest.raises(ValueError, match="no whole safetensors file"):
         gather(work, tasks())

@@ -259,8 +259,13 @@ def _read_snapshot(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _finished(folder: Path, args: CollectingArguments) -> bool:
-    """Whether a task was trained to its end and has all its snapshots; one that lost some is trained again."""
-    return (folder / DONE).is_file() and len(_snapshots(folder)) == args.num_snapshots
+    """Whether a task was trained to its end; one that has lost snapshots since is nobody's to guess at."""
+    if not (folder / DONE).is_file():
+        return False
+    found = len(_snapshots(folder))
+    if found != args.num_snapshots:
+        raise ValueError(f"{folder} is of a finished task and has {found} of {args.num_snapshots} snapshots: delete it to train anew.")
+    return True
 
 
 @contextmanager
