@@ -230,3 +230,11 @@ def test_through_evaluate_with_and_without_crowds_and_areas():
     for prediction, reference in zip(predictions, plain, strict=True):
         metric.add(prediction=prediction, reference=reference)
     assert metric.compute()["map"] == mean_average_precision(predictions, plain)["map"]
+
+
+def test_what_a_model_finds_and_does_not_name_is_no_class():
+    box = {"boxes": [[0, 0, 10, 10]], "labels": ["cat"]}
+    found = {"boxes": [[0, 0, 10, 10], [1, 1, 5, 5]], "labels": ["cat", ""], "scores": [0.9, 0.95]}
+    assert mean_average_precision([found], [box])["map_50"] == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="non-empty strings"):
+        mean_average_precision([found], [{**box, "labels": [""]}])

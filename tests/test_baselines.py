@@ -74,9 +74,9 @@ class TestInterface:
     @pytest.mark.parametrize("name", ALL)
     def test_refusals(self, name, collection):
         source, condition = ALL[name](collection), first_vectors(collection)[0]
-        with pytest.raises(ValueError, match=r"num_samples=0 >= 1"):
+        with pytest.raises(ValueError, match=r"num_samples=0 must be an integer >= 1"):
             source.sample(condition, num_samples=0)
-        with pytest.raises(ValueError, match=r"temperature=-1.0 must be >= 0"):
+        with pytest.raises(ValueError, match=r"temperature=-1.0 must be a finite number >= 0"):
             source.sample(condition, temperature=-1.0)
         with pytest.raises(ValueError, match="Expected task vectors of shape"):
             source.sample(condition[None, None])

@@ -127,7 +127,7 @@ class TestWrong:
             (["generate", "bundled:text", "--image", "EMPTY", "-o", "OUT"], "is no picture that can be opened"),
             (["generate", "bundled:encoder", SENTENCE, "-o", "OUT"], "no bundled generator 'encoder': choose one of"),
             (["generate", "bundled:nope", SENTENCE, "-o", "OUT"], "no bundled generator 'nope': choose one of detection, text"),
-            (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--temperature", "-1"], "temperature=-1.0 must be >= 0"),
+            (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--temperature", "-1"], "temperature=-1.0 must be a finite number >= 0"),
             (["generate", "org/misspelt", SENTENCE, "-o", "OUT"], "org/misspelt"),
             (["generate", "no/such/folder", SENTENCE, "-o", "OUT"], "no/such/folder"),
             (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--base-model", "BASE"], "expected"),
@@ -382,7 +382,7 @@ def test_from_base_to_hub(work, hub, token, tmp_path, capsys):
     assert printed == json.loads(report.read_text())
     assert {"name", "base", "own", "generated", "unseen_phrasing", "wrong_task", "gibberish"} == set(printed["tasks"][0])
     assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    arguments = ["push", generator, "org/tiny", "--token", token, "--with-report", work / "collection", "--json"]
+    arguments = ["push", generator, "org/tiny", "--token", token, "--with-report", work / "collection", "--with-base-model", "--json"]
     assert run(*arguments) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"repo_id", "commit", "url"}
     files = hub.repos["models", "org/tiny"].files()

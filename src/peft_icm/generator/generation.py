@@ -96,6 +96,8 @@ class AdapterMixin:
                 f"This generator was trained with the {self.config.encoder['kind']} encoder of sha256 {wanted[:12]}, found"  # type: ignore[index]
                 f" {encoder.config['kind']} of {encoder.config['sha256'][:12]}. Pass the encoder it names."
             )
+        if wanted:
+            encoder.check(self.config.encoder or {})
         if encoder.dim != self.config.condition_dim:
             raise ValueError(
                 f"This generator's condition_dim is {self.config.condition_dim}, the {encoder.kind} encoder's task vectors have"

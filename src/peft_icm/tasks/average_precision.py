@@ -98,7 +98,8 @@ def _checked(kind: str, image: int, row: Mapping[str, Any], numbers: Sequence[st
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"{name}: boxes must be [N, 4], xyxy in pixels; found the shape {list(boxes.shape)}.")
     extent = boxes[:, 2:] - boxes[:, :2]
-    checked: dict[str, Any] = {"bbox": np.concatenate([boxes[:, :2], extent], 1), "labels": strings(row["labels"], f"{name}: labels")}
+    labels = strings(row["labels"], f"{name}: labels", blank=kind == "predictions")  # a model may find a thing and not name it
+    checked: dict[str, Any] = {"bbox": np.concatenate([boxes[:, :2], extent], 1), "labels": labels}
     checked |= {"area": extent.prod(1), "iscrowd": np.zeros(len(boxes))}
     checked |= {key: _numbers(row[key], f"{name}: {key}") for key in numbers if row.get(key) is not None}
     if "scores" in numbers and "scores" not in checked:

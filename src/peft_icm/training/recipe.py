@@ -14,7 +14,7 @@ from ..generator.configuration_icm import ICMConfig
 from .arguments import ICMTrainingArguments
 
 RECIPE = "recipe.json"
-# Where a run writes and what it says; everything else may change what is learnt.
+# Where a run writes, what it says, and how long it is, since a run may be made longer; everything else may change what is learnt.
 _WITHOUT_EFFECT = (
     "output_dir",
     "logging",
@@ -27,6 +27,8 @@ _WITHOUT_EFFECT = (
     "hub_",
     "project",
     "trackio",
+    "num_train_epochs",
+    "max_steps",
 )
 
 
