@@ -169,7 +169,7 @@ def test_labels_choose_the_classes_that_count():
         ({"boxes": [[1, 2, 3, float("nan")]]}, r"predictions\[0\]: boxes must be finite numbers"),
         ({"boxes": [[1, 2, 3, 4], [1]]}, r"predictions\[0\]: boxes must be an array of numbers"),
         ({"boxes": None}, r"predictions\[0\]: boxes must be finite numbers"),
-        ({"labels": [3]}, r"predictions\[0\]: labels must be a list of non-empty strings; found 3"),
+        ({"labels": [3]}, r"predictions\[0\]: labels must be a list of strings; found 3"),
         ({"labels": None}, r"predictions\[0\]: labels must be a list of strings; found None"),
     ],
 )

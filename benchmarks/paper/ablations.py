@@ -49,7 +49,7 @@ def ablations(workshop: Workshop, scale: Scale) -> Table:
         rows[name] = _row(workshop, scale, name, collection, changes, workshop.condition)
     for name, tuned in (("task vectors from the unadapted base", False), ("task vectors from the tasks' own LoRAs", True)):
         seen, unseen = states(workshop, shared, tuned)
-        collection = dataclasses.replace(shared, task_vectors=seen)
+        collection = dataclasses.replace(shared, task_vectors=seen, encoder=None)
         rows[name] = _row(workshop, scale, name, collection, {}, lambda task, phrasing=None: unseen[task].mean(0))  # noqa: B023
     columns = [SHARE, "error on dW", "error on dW, unseen phrasing", "kB"]
     notes = [

@@ -145,7 +145,7 @@ class CondPDiff(PreTrainedModel):
     ```python
     >>> from peft_icm import AdapterLayout
     >>> keys = ("base_model.model.m.lora_A.weight", "base_model.model.m.lora_B.weight")
-    >>> layout = AdapterLayout(keys, ((1, 3), (2, 1)), "float32", {"r": 1, "target_modules": ["m"]})
+    >>> layout = AdapterLayout(keys, ((1, 3), (2, 1)), "float32", {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["m"]})
     >>> model = CondPDiff(CondPDiffConfig(layout=layout.to_dict(), condition_dim=8))
     >>> model.sample(torch.randn(8), num_samples=2, generator=torch.Generator().manual_seed(0)).shape
     torch.Size([2, 5])
