@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -331,3 +332,8 @@ def test_rounding_is_no_component(tasks):
     used = model.network.basis.norm(dim=1) > 0
     assert int(used.sum()) == tasks - 1
     torch.testing.assert_close(model.network.basis[used] @ model.network.basis[used].T, torch.eye(tasks - 1), atol=1e-5, rtol=0)
+
+
+def test_the_access_token_is_in_no_pickle(tmp_path):
+    args = arguments(tmp_path, hub_token="hf_secret")
+    assert b"hf_secret" not in pickle.dumps(args) and args.hub_token == "hf_secret"

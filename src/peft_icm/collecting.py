@@ -284,7 +284,7 @@ def _locked(folder: Path, index: int, count: int) -> Iterator[None]:
 def _check_before_training(base_model: str, lora_config: LoraConfig, args: CollectingArguments) -> None:
     """Refuse what would fail after hours: a LoRA on the base, on the meta device, must have a layout; a block must fit its context."""
     check_fields(lora_config.to_dict())
-    config = AutoConfig.from_pretrained(base_model)
+    config = AutoConfig.from_pretrained(base_model, trust_remote_code=False)
     bound, block_size = context_size(config), args.dataset_kwargs.get("block_size")
     if bound and isinstance(block_size, int) and block_size > bound:
         raise ValueError(f"block_size={block_size} is more than the {bound} tokens that {base_model} reads at once.")
@@ -359,8 +359,10 @@ def _work(base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, args:
     if threads:
         torch.set_num_threads(threads)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an orderly end: semaphores are released
-    base: nn.Module = base_class(AutoConfig.from_pretrained(base_model)).from_pretrained(base_model, dtype=args.dtype, use_safetensors=True)
-    processor = AutoProcessor.from_pretrained(base_model)
+    base: nn.Module = base_class(AutoConfig.from_pretrained(base_model, trust_remote_code=False)).from_pretrained(
+        base_model, dtype=args.dtype, use_safetensors=True
+    )
+    processor = AutoProcessor.from_pretrained(base_model, trust_remote_code=False)
     for task in tqdm(tasks, desc="collecting", unit="task", disable=threads is not None):
         base = _train(base, processor, task, lora_config, args)
 

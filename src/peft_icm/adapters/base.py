@@ -52,7 +52,11 @@ def load_base(layout: AdapterLayout, name: str, revision: str | None, **base_mod
     hub = {key: base_model_kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in base_model_kwargs}
     wanted = layout.base_model_class
     # Where the adapter does not say, the base's own config does.
-    own = base_class(transformers.AutoConfig.from_pretrained(name, revision=revision, **hub)) if wanted is None else None
+    own = (
+        base_class(transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **hub))
+        if wanted is None
+        else None
+    )
     kind: Any = own or _known_class(str(wanted))
     try:
         return kind.from_pretrained(name, **{**base_model_kwargs, "revision": revision, "use_safetensors": True}).eval()

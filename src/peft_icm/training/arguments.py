@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import (
     TrainingArguments,
@@ -55,3 +56,7 @@ class ICMTrainingArguments(TrainingArguments):
         for name in ("leave_out_rate", "held_out", "kl_warmup_ratio"):
             if not 0 <= getattr(self, name) < 1 and not (name == "leave_out_rate" and self.leave_out_rate == 1):
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the access token: the Trainer pickles its arguments beside every checkpoint."""
+        return {**self.__dict__, "hub_token": None}
