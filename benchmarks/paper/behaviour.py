@@ -109,6 +109,7 @@ def left_out(workshop: Workshop, scale: Scale) -> dict[str, dict[str, float]]:
             collection,
             snapshots={name: rows for name, rows in collection.snapshots.items() if name != task},
             task_vectors={name: rows for name, rows in collection.task_vectors.items() if name != task},
+            descriptions={name: texts for name, texts in collection.descriptions.items() if name != task},
         )
         condition, retrieval = workshop.condition(task), NearestAdapter(rest)
         base = scorer(task, None)["gain"]
