@@ -29,6 +29,7 @@ from ..conditioning import TaskEncoder
 from ..generator.configuration_icm import ICMConfig
 from ..generator.modeling_icm import ICMGenerator
 from ..hub.cards import generator_card
+from ..hub.files import CARD, marked
 from .arguments import ICMTrainingArguments
 from .episodes import EpisodeDataset, EpisodeSampler, held_out_mask
 
@@ -227,7 +228,7 @@ class ICMTrainer(Trainer):
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir or ".")
             card = generator_card(self.generator.config.to_dict(), repo_id=self.args.hub_model_id or folder.name, folder=folder)
-            card.save(folder / "README.md")
+            (folder / CARD).write_text(marked(str(card)), encoding="utf-8")
 
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> Any:  # type: ignore[override]
         """Push the generator and its card in one commit; see [`ICMGenerator.push_to_hub`]."""
