@@ -259,8 +259,8 @@ def test_a_lost_snapshot_and_a_cut_one_are_named(collected, base, tmp_path):
 
 def test_a_second_process_stays_out(base, tmp_path):
     work = tmp_path / "work"
-    work.mkdir()
-    with FileLock(work / ".lock-1-of-1"), pytest.raises(ValueError, match="Another process"):
+    (work / ".locks").mkdir(parents=True)
+    with FileLock(work / ".locks" / "sonnet"), pytest.raises(ValueError, match="Another process"):
         collect(base, tasks()[:1], lora(), arguments(work))
 
 

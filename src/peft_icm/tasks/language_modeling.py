@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,10 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = self.blocks[int(torch.randint(len(self.blocks), ())) if self.blocks_per_epoch else index]
         return {"input_ids": row, "labels": row}
+
+    def fingerprint(self) -> str:
+        """Hex digest over all blocks, whichever of them an epoch draws."""
+        return hashlib.sha256(f"{tuple(self.blocks.shape)}".encode() + self.blocks.numpy().tobytes()).hexdigest()
 
 
 @dataclass

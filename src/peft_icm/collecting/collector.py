@@ -1,0 +1,169 @@
+"""collect and gather: tasks -> snapshots -> AdapterCollection."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoProcessor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, has_file
+
+from ..adapters.base import base_class
+from ..adapters.collection import AdapterCollection
+from ..adapters.functional import check_fields
+from ..adapters.layout import AdapterLayout
+from ..disk import inside, safe_name
+from ..tasks.fields import strings
+from ..tasks.language_modeling import context_size
+from .arguments import CollectingArguments, Task
+from .folder import DONE, LOCKS, check_finished, locked, make_folder, read_json, read_snapshot, snapshot_files, task_lock
+from .recipe import RECIPE, check_recipe, collecting_recipe, data_sha256, write_recipe
+from .workers import spread, work
+
+
+def collect(
+    base_model: str | os.PathLike[str], tasks: Sequence[Task], lora_config: LoraConfig, args: CollectingArguments
+) -> AdapterCollection | None:
+    """Train one LoRA for each task and gather their snapshots.
+
+    All tasks start from the same A and B, so that what differs between two snapshots is what the tasks taught. Finished tasks are
+    skipped on a second start; those that another process is training are left to it. Workers train outside any process group: inside
+    one, the Trainer would average the gradients of different tasks.
+
+    Args:
+        base_model (`str` or `Path`): Hub id or folder of the base.
+        tasks (`Sequence[Task]`): With different names.
+        lora_config (`LoraConfig`): The LoRA of every task.
+        args ([`CollectingArguments`]): The recipe.
+
+    Returns:
+        [`AdapterCollection`] or `None`: None while other shards or processes still have tasks to finish.
+
+    Raises:
+        `ValueError`: If names repeat, a description is no sentence, `output_dir` holds another recipe, or a finished task of other data
+            or with a snapshot lost or cut short, other processes train all that is left, or this one is part of a torchrun group.
+        `OSError`: If `output_dir` is a file, or the base has no weights in safetensors.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("collect() spreads tasks over processes of its own: use num_workers or shard='i/n' instead of torchrun.")
+    folder, name = Path(args.output_dir), str(base_model)
+    _check_tasks(folder, tasks)
+    if lora_config.r <= 0:
+        raise ValueError(f"The LoRA rank must be a positive integer, found r={lora_config.r}.")
+    make_folder(folder, "output_dir")
+    _check_before_training(name, lora_config, args)
+    recipe = collecting_recipe(base_model, lora_config, args)
+    check_recipe(folder, recipe)
+
+    def finished(task: Task) -> bool:
+        return (folder / task.name / DONE).is_file()
+
+    index, count = args.part()
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    read = [task for number, task in enumerate(tasks) if number % count == index or finished(task)]
+    data = {task.name: data_sha256(task, processor, args) for task in tqdm(read, desc="reading tasks", leave=False)}
+    for task in filter(finished, read):
+        check_finished(folder / task.name, args.num_snapshots, data[task.name])
+    write_recipe(folder, recipe)
+    waiting = [task for task in tasks[index::count] if not finished(task)]
+    if waiting and not any(_is_free(folder, task) for task in waiting):
+        raise ValueError(
+            f"Another process is collecting into {folder}, task {waiting[0].name!r}: wait for it, or choose another folder or shard."
+        )
+    if args.num_workers == 1 or len(waiting) <= 1:
+        work(name, waiting, lora_config, args, data)
+    else:
+        spread(name, waiting, lora_config, args, data)
+    if not all(map(finished, tasks)):
+        return None
+    for task in tasks:  # those of other processes too
+        check_finished(folder / task.name, args.num_snapshots, data.get(task.name) or data_sha256(task, processor, args))
+    return gather(folder, tasks)
+
+
+def gather(folder: str | Path, tasks: Sequence[Task]) -> AdapterCollection:
+    """Read the finished tasks of a collecting folder.
+
+    Args:
+        folder (`str` or `Path`): `output_dir` of [`collect`].
+        tasks (`Sequence[Task]`): Which, and in what order.
+
+    Returns:
+        [`AdapterCollection`]
+
+    Raises:
+        `ValueError`: If a task is not finished, or two have different layouts.
+    """
+    root = Path(folder)
+    recipe = read_json(root / RECIPE)
+    layout: AdapterLayout | None = None
+    snapshots, losses = {}, {}
+    for task in tasks:
+        if not (root / safe_name(task.name, "task") / DONE).is_file():
+            raise ValueError(f"Task {task.name!r} is not finished in {root}: run collect again.")
+        done = read_json(root / task.name / DONE)
+        own = AdapterLayout.from_dict(done["layout"])
+        layout = layout or own
+        if own.fingerprint != layout.fingerprint:
+            raise ValueError(f"Task {task.name!r} has another layout: {layout.difference(own)}.")
+        snapshots[task.name] = torch.stack([layout.flatten(read_snapshot(file)) for file in snapshot_files(inside(root, task.name))])
+        if len(snapshots[task.name]) != recipe["num_snapshots"]:
+            found, wanted = len(snapshots[task.name]), recipe["num_snapshots"]
+            raise ValueError(f"Task {task.name!r} has {found} snapshots in {root}, its recipe {wanted}: run collect again.")
+        losses[task.name] = done["train_loss"]
+    assert layout is not None
+    metadata = {
+        **recipe,
+        "train_loss": losses,
+        "date": datetime.date.today().isoformat(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+    }
+    return AdapterCollection(layout, snapshots, {task.name: _sentences(task) for task in tasks}, metadata=metadata)
+
+
+def _sentences(task: Task) -> list[str]:
+    return strings(task.descriptions, f"descriptions of task {task.name!r}")
+
+
+def _check_tasks(folder: Path, tasks: Sequence[Task]) -> None:
+    """Refuse names and sentences that would fail after hours."""
+    names = [safe_name(task.name, "task") for task in tasks]
+    if not names or len({name.casefold() for name in names}) != len(names):
+        raise ValueError(f"Tasks need different names, found {names}.")
+    for task in tasks:
+        if task.name.casefold() in (RECIPE, LOCKS):
+            raise ValueError(f"The task name {task.name!r} is that of a file of the work folder: give the task another.")
+        inside(folder, task.name)
+        _sentences(task)
+
+
+def _is_free(folder: Path, task: Task) -> bool:
+    with locked(task_lock(folder, task.name)) as held:
+        return held
+
+
+def _check_before_training(base_model: str, lora_config: LoraConfig, args: CollectingArguments) -> None:
+    """Refuse what would fail after hours: the base must be in safetensors, a LoRA on it, on the meta device, must have a layout; a block
+    must fit its context.
+    """
+    check_fields(lora_config.to_dict())
+    config = AutoConfig.from_pretrained(base_model, trust_remote_code=False)
+    if not any(has_file(base_model, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        raise OSError(
+            f"The base model {base_model} has no weights in safetensors, the only ones that are opened:"
+            " convert it with save_pretrained(safe_serialization=True)."
+        )
+    bound, block_size = context_size(config), args.dataset_kwargs.get("block_size")
+    if bound and isinstance(block_size, int) and block_size > bound:
+        raise ValueError(f"block_size={block_size} is more than the {bound} tokens that {base_model} reads at once.")
+    with torch.device("meta"):
+        model = get_peft_model(base_class(config)._from_config(config), copy.deepcopy(lora_config))
+    AdapterLayout.from_peft_model(model)
