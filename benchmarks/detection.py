@@ -3,8 +3,9 @@
     python examples/build_demo/build_demo_models.py detection-scenes --build build   # draws the test set, the bundle carries a part of it
     OMP_NUM_THREADS=1 python benchmarks/detection.py --build build
 
-Writes detection.json and detection.png (AP of base, own LoRA and generated adapters from text, pictures, both, unseen phrasings, another
-task's sentence and gibberish), detection_matrix.png (adapter x class), task_vectors.png and detections.png beside this file.
+Writes detection.json (AP of base, own LoRA and generated adapters from text, pictures, both, unseen phrasings, another task's sentence and
+gibberish), detection.png (what each gains over the base), detection_matrix.png (adapter x class), task_vectors.png and
+detections.png beside this file.
 """
 
 from __future__ import annotations

@@ -380,7 +380,8 @@ def test_from_base_to_hub(work, hub, token, tmp_path, capsys):
     assert run(*arguments) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(report.read_text())
-    assert {"name", "base", "own", "generated", "unseen_phrasing", "wrong_task", "gibberish"} == set(printed["tasks"][0])
+    columns = {"base", "own", "generated", "unseen_phrasing", "wrong_task", "gibberish"}
+    assert {"name", "gain", "share", *columns} == set(printed["tasks"][0])
     assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     arguments = ["push", generator, "org/tiny", "--token", token, "--with-report", work / "collection", "--with-base-model", "--json"]
     assert run(*arguments) == 0

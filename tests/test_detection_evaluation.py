@@ -15,14 +15,12 @@ from peft_icm import AdapterLayout
 from peft_icm.adapters.attach import attach
 from peft_icm.evaluation.detection import (
     METRICS,
-    VARIANTS,
     DetectionEvaluation,
-    _conditions,
     class_precision,
     cross_detection,
     evaluate_detection,
 )
-from peft_icm.evaluation.text import GIBBERISH
+from peft_icm.evaluation.report import GIBBERISH, VARIANTS, conditions
 from peft_icm.tasks.annotated_images import AnnotatedImage, crops
 from peft_icm.tasks.detection import DetectionExamples, DetectionTask, detect
 
@@ -58,14 +56,22 @@ class TestReport:
 
     def test_own_loras_that_find_nothing_are_no_division_by_zero(self):
         nothing = DetectionEvaluation({"cat": row(base=0.0, own=0.0, generated=0.0)}, [0], 1.0)
-        assert nothing.ratio("generated") == {"mean": 0.0, "min": 0.0}
+        assert nothing.ratio("generated") == nothing.share("generated") == {"mean": None, "min": None}
+        assert "n/a" in nothing.table() and json.dumps(nothing.to_dict(), allow_nan=False)
 
     def test_a_variant_that_one_task_lacks_is_left_out(self, evaluation):
         assert evaluation.variants == ["generated", "unseen_phrasing"]
 
     def test_as_json(self, evaluation):
         result = json.loads(json.dumps(evaluation.to_dict()))
-        assert result["tasks"][1] == {"name": "dog", **row(base=0.2, own=0.4, generated=0.4, unseen_phrasing=0.1)}
+        assert result["tasks"][1] == {
+            "name": "dog",
+            **row(base=0.2, own=0.4, generated=0.4, unseen_phrasing=0.1),
+            "gain": {"own": 0.2, "generated": 0.2, "unseen_phrasing": -0.1},
+            "share": {"generated": 1.0, "unseen_phrasing": -0.5},
+        }
+        assert result["tasks"][2]["share"]["generated"] is None  # nothing was gained that could be shared
+        assert result["share"]["generated"] == {"mean": round(0.9 / 0.9, 4), "min": round(0.5 / 0.7, 4)}
         assert set(result["mean"]) == {"base", "own", "generated", "unseen_phrasing"} and set(result["mean"]["own"]) == set(METRICS)
         assert set(result["ratio"]) == {"generated", "unseen_phrasing"} and result["ratio"]["generated"]["map_50"] == {
             "mean": 1.0,
@@ -74,17 +80,20 @@ class TestReport:
         assert result["seeds"] == [0, 1] and result["seconds"] == 2.0
 
     def test_as_table(self, evaluation):
-        lines = evaluation.table().splitlines()
+        scores, shares = (block.splitlines() for block in evaluation.table().split("\n\n"))
+        lines = [*scores, *shares[1:]]
         assert lines[0].split() == ["AP50", "/", "AP75", "base", "own", "generated", "unseen_phrasing"]
         assert len({len(line) for line in lines}) == 1
         assert lines[1].split() == ["sofa", "0.10", "/", "0.03", "0.80", "/", "0.20", "0.60", "/", "0.15", "0.20", "/", "0.05"]
-        assert lines[-1].split()[:5] == ["all", "tasks", "0.10", "/", "0.03"]
+        assert scores[-1].split()[:5] == ["all", "tasks", "0.10", "/", "0.03"]
+        assert [line.split()[-2:] for line in shares[1:4]] == [["0.71", "0.14"], ["1.00", "-0.50"], ["n/a", "n/a"]]
+        assert shares[-2].split() == ["all", "tasks", "0.300", "1.00", "0.00"] and shares[-1].split() == ["worst", "task", "0.71", "-0.50"]
 
     def test_as_one_picture(self, evaluation, tmp_path):
         evaluation.plot(tmp_path / "precision.png")
         assert [file.name for file in tmp_path.iterdir()] == ["precision.png"]
         with Image.open(tmp_path / "precision.png") as picture:
-            assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(10**6)) > 4  # a colour for each of four columns
+            assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(10**6)) > 3  # a colour for each of three columns
 
 
 class TestClassPrecision:
@@ -190,7 +199,7 @@ class TestEvaluate:
 
     def test_variants_are_means_over_adapters_of_what_they_say(self, report, folder, reads_both):
         sofas = crops(SCENES, "couch")
-        conditions = {
+        asked = {
             "generated": [({"text": "detect sofas"}, 0), ({"text": "detect sofas"}, 1)],
             "pictures": [({"images": sofas[:4]}, 0), ({"images": sofas[4:]}, 1)],  # six couches: the second handful is of two
             "text_and_pictures": [({"text": "detect sofas", "images": part}, seed) for seed, part in enumerate((sofas[:4], sofas[4:]))],
@@ -198,8 +207,8 @@ class TestEvaluate:
             "wrong_task": [({"text": "detect dogs"}, 0), ({"text": "detect dogs"}, 1)],
             "gibberish": [({"text": GIBBERISH[0]}, 0), ({"text": GIBBERISH[1]}, 1)],
         }
-        assert list(conditions) == list(VARIANTS)
-        for name, each in conditions.items():
+        assert list(asked) == list(VARIANTS)
+        for name, each in asked.items():
             rows = []
             for condition, seed in each:
                 model = reads_both.generate_adapter(**condition, base_model=plain(folder), generator=torch.Generator().manual_seed(seed))
@@ -209,7 +218,7 @@ class TestEvaluate:
 
     def test_each_seed_sees_the_next_four_pictures(self):
         (sofa, dog) = detection_tasks()
-        found = _conditions(sofa, dog, list("abcdef"), (7, 8, 9))
+        found = conditions(sofa, dog, list("abcdef"), (7, 8, 9))
         assert found["pictures"] == [({"images": ["a", "b", "c", "d"]}, 7), ({"images": ["e", "f"]}, 8)]
         assert found["text_and_pictures"] == [({"text": "detect sofas", **condition}, seed) for condition, seed in found["pictures"]]
 

@@ -7,7 +7,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from PIL import Image
 
-from peft_icm.evaluation.figures import plot_detections, plot_task_vectors
+from peft_icm.evaluation.figures import plot_bars, plot_detections, plot_task_vectors
 from peft_icm.tasks.annotated_images import AnnotatedImage
 
 BLUE = (20, 40, 200)
@@ -57,6 +57,18 @@ class TestTaskVectors:
         with pytest.raises(ValueError, match="at least four task vectors, found 3"):
             plot_task_vectors(self.vectors(2, 1), tmp_path / "three.png")
         assert not list(tmp_path.iterdir())
+
+
+class TestBars:
+    def test_a_bar_for_each_number_in_the_colour_of_its_kind(self, tmp_path):
+        plot_bars(["dog", "cat"], {"base": [1.0, 0.0], "own": [2.0, 2.0], "generated": [1.0, -1.0]}, "gain", tmp_path / "bars.png")
+        assert [file.name for file in tmp_path.iterdir()] == ["bars.png"]
+        image = pixels(tmp_path / "bars.png")
+        height = len(image)
+        image = image[height // 6 :]  # without the legend
+        base, own, generated = (near(image, colour, 3) for colour in ((31, 119, 180), (255, 127, 14), (44, 160, 44)))
+        assert base.sum() * 4 == pytest.approx(own.sum(), rel=0.1) and base.sum() * 2 == pytest.approx(generated.sum(), rel=0.1)
+        assert np.flatnonzero(generated.any(1))[-1] > np.flatnonzero(own.any(1))[-1]  # one goes below zero
 
 
 def found(*objects):

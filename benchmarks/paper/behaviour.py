@@ -82,7 +82,7 @@ def wrong_predictions(scorer: Scorer, task: str, vector: Tensor | None) -> Tenso
         task (`str`): Name of the task.
         vector (`Tensor`, *optional*): `[P]`; `None` is the base.
     """
-    items, label = scorer.splits[task]["test"], scorer.labels[task]
+    items, label = scorer.splits[task]["test"], getattr(scorer.tasks[task], "label", None)
     if label is None:
         return wrong_tokens(scorer.model(vector), scorer.processor, items)
     found = scorer.find(task, vector, items)

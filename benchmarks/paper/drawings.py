@@ -37,7 +37,7 @@ def figure_4(workshop: Workshop, scale: Scale, folder: Path) -> None:
     images: list[AnnotatedImage] = []
     columns: dict[str, list[dict[str, Any]]] = {TITLES[method.name]: [] for method in methods}
     for task in workshop.family.tasks:
-        image = _shown(scorer.splits[task]["test"], scorer.labels[task])
+        image = _shown(scorer.splits[task]["test"], workshop.task(task).label)
         images.append(image)
         for method in methods:
             columns[TITLES[method.name]] += scorer.find(task, method.adapter(workshop, collection, task, scale.seeds[0]), [image])
@@ -52,7 +52,7 @@ def figure_5(workshop: Workshop, scale: Scale, folder: Path) -> None:
     for rank in workshop.family.ranks:
         collection = workshop.collection(rank)
         scorer = workshop.scorer(collection)
-        images.append(_shown(scorer.splits[task]["test"], scorer.labels[task]))
+        images.append(_shown(scorer.splits[task]["test"], workshop.task(task).label))
         for method in papers_methods(workshop, rank, scale.seeds[:1]):
             if method.name != BASE:
                 found = scorer.find(task, method.adapter(workshop, collection, task, scale.seeds[0]), images[-1:])
@@ -60,10 +60,10 @@ def figure_5(workshop: Workshop, scale: Scale, folder: Path) -> None:
     plot_detections(images, columns, folder / "figure5.png", rows=[f"r = {rank}" for rank in workshop.family.ranks])
 
 
-def _shown(images: Any, label: str | None) -> AnnotatedImage:
+def _shown(images: Any, label: str) -> AnnotatedImage:
     """The first picture with one object of the class and others beside it; the class's own box alone."""
     image = next((one for one in images if one.labels.count(label) == 1 and len(one.labels) > 2), images[0])
-    return AnnotatedImage(image.image, [box for box, name in zip(image.boxes, image.labels, strict=True) if name == label], [str(label)])
+    return AnnotatedImage(image.image, [box for box, name in zip(image.boxes, image.labels, strict=True) if name == label], [label])
 
 
 def draw_bars(table: Table, column: str, file: Path) -> None:

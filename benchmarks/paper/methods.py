@@ -23,7 +23,7 @@ from peft_icm.baselines import (
     SingleAdapter,
     SnapshotMean,
 )
-from peft_icm.evaluation.detection import HANDFUL
+from peft_icm.evaluation.report import HANDFUL, share_of
 
 from .results import Cell
 from .scales import Scale
@@ -105,12 +105,13 @@ def compare(
 
 def gain_share(scores: dict[str, dict[str, list[Score]]], method: str) -> Cell:
     """For each seed, the method's gain over the base as a share of the own LoRA's, summed over tasks; a word where that gains nothing."""
-    base, own = scores[BASE], scores[OWN]
-    total = sum(own[task][0]["gain"] - base[task][0]["gain"] for task in base)
-    if total == 0:
-        return "no gain"
-    count = len(next(iter(scores[method].values())))
-    return [sum(scores[method][task][seed]["gain"] - base[task][0]["gain"] for task in base) / total for seed in range(count)]
+
+    def gain(name: str, seed: int) -> float:
+        return sum(scores[name][task][seed]["gain"] - base[0]["gain"] for task, base in scores[BASE].items())
+
+    seeds = len(next(iter(scores[method].values())))
+    shares = [share_of(gain(method, seed), gain(OWN, 0)) for seed in range(seeds)]
+    return "no gain" if None in shares else [share for share in shares if share is not None]
 
 
 # ---------------------------------------------------------------------- which methods

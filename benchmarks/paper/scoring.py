@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -16,10 +17,10 @@ from transformers import AutoProcessor
 from peft_icm.adapters.attach import attach
 from peft_icm.adapters.base import load_base
 from peft_icm.adapters.layout import AdapterLayout
-from peft_icm.evaluation.detection import class_precision
+from peft_icm.evaluation import DetectionEvaluation, Evaluation, Report
 from peft_icm.tasks.annotated_images import AnnotatedImage
 from peft_icm.tasks.detection import DetectionTask, detect
-from peft_icm.tasks.language_modeling import NLL, LanguageModelingTask, nll
+from peft_icm.tasks.language_modeling import LanguageModelingTask
 
 Score = dict[str, float]
 Task = LanguageModelingTask | DetectionTask
@@ -55,9 +56,9 @@ class Memory:
 
 
 class Scorer:
-    """Scores adapters of one layout on held-out text or pictures.
+    """Scores adapters of one layout on held-out text or pictures, by the metric of `peft_icm.evaluation`.
 
-    Text: `nats` (per token), `ppl`, `bpc`. Detection: `map_50`, `map_75`. `gain` is what is better the larger it is: -nats, or AP50.
+    Text: `nats` (per token), `ppl`, `bpc`. Detection: `map`, `map_50`, `map_75`. `gain` is what is better the larger it is: -nats, or AP50.
 
     Args:
         layout ([`AdapterLayout`]): Of the vectors.
@@ -75,7 +76,7 @@ class Scorer:
         self.layout, self.memory = layout, memory
         self.processor = AutoProcessor.from_pretrained(base)
         self.splits = {task.name: {"test": test_items(task, limit), "train": _validation(task)} for task in tasks}
-        self.labels = {task.name: getattr(task, "label", None) for task in tasks}
+        self.tasks = {task.name: task for task in tasks}
         self._model: PeftModel | None = None
         self._base, self._dtype = base, dtype
         self._fingerprints = {
@@ -97,7 +98,7 @@ class Scorer:
         """
         digest = "base" if vector is None else hashlib.sha256(vector.float().contiguous().numpy().tobytes()).hexdigest()[:32]
         key = f"{task}/{split}/{self._fingerprints[task, split]}/{digest}"
-        return self.memory.get(key, lambda: self._score(task, self.splits[task][split], vector))
+        return self.memory.get(key, lambda: self._score(self.tasks[task], self.splits[task][split], vector))
 
     def model(self, vector: Tensor | None) -> PeftModel:
         """The base with this adapter; the same object at every call."""
@@ -111,14 +112,14 @@ class Scorer:
         """What a detection adapter finds in pictures."""
         return detect(self.model(vector), self.processor, images, batch_size=64, progress=False)
 
-    def _score(self, task: str, items: Sequence[Any], vector: Tensor | None) -> Score:
-        label = self.labels[task]
-        if label is None:
-            total = sum(nll(self.model(vector), self.processor, items, batch_size=8, progress=False), NLL(0.0, 0, 0))
-            nats = total.nats_per_token
-            return {"nats": nats, "ppl": total.perplexity, "bpc": total.bits_per_character, "gain": -nats}
-        precision = class_precision(self.find(task, vector, items), items, label)
-        return {"map_50": precision["map_50"], "map_75": precision["map_75"], "gain": precision["map_50"]}
+    def _score(self, task: Task, items: Sequence[Any], vector: Tensor | None) -> Score:
+        kind: type[Report[Any]]
+        if isinstance(task, LanguageModelingTask):
+            kind, batch_size, part = Evaluation, 8, dataclasses.replace(task, test_texts=list(items))
+        else:
+            kind, batch_size, part = DetectionEvaluation, 64, dataclasses.replace(task, test_images=list(items))
+        score = kind.score(self.model(vector), self.processor, part, batch_size=batch_size)
+        return {**kind.numbers(score), "gain": kind.worth(score)}
 
 
 def test_items(task: Task, limit: int | None) -> Sequence[Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,13 @@ from ..adapters.collection import AdapterCollection
 from ..adapters.saving import save_adapter
 from ..bundled import bundled_folder
 from ..disk import replacing_file
+from ..evaluation.detection import DetectionEvaluation, class_precision
+from ..evaluation.figures import plot_detections
+from ..evaluation.report import VARIANTS, Report
+from ..evaluation.text import Evaluation
 from ..generator.modeling_icm import ICMGenerator
 from ..tasks import load_tasks
+from ..tasks.detection import detect
 
 SENTENCES = {"text": "continue a Shakespeare play", "detection": "detect sofas"}
 TEXTS = ("shakespeare", "bible", "latex", "german")  # rows of the short table
@@ -30,7 +36,8 @@ OPENING = 200  # characters of a held-out play that are continued
 NEW_TOKENS = 60
 SHOWN = 3  # pictures on the sheet
 PICTURES = 4  # with the class, and as many without, that the short table is scored on
-SEED = 0
+SEEDS = (0, 1, 2)  # of z; the short table takes the first
+BATCH = {"text": 4, "detection": 32}
 
 Say = Callable[[str], None]
 
@@ -54,16 +61,37 @@ def run_demo(output: str | Path, task: str = "text", *, full: bool = False, quie
     bundle, folder, sentence = bundled_folder(task), Path(output), SENTENCES[task]
     say(f'ICMGenerator.from_pretrained(bundled_generator("{task}")).generate_adapter({sentence!r})')
     generator = ICMGenerator.from_pretrained(bundle / "generator")
-    model = generator.generate_adapter(sentence, generator=torch.Generator().manual_seed(SEED))
+    model = generator.generate_adapter(sentence, generator=torch.Generator().manual_seed(SEEDS[0]))
     folder.mkdir(parents=True, exist_ok=True)
     adapter = save_adapter(model, folder / "adapter").resolve()
     say(f"-> {type(model).__name__}, {generator.layout.numel:,} numbers; an ordinary PEFT folder: {adapter}\n")
     collection = AdapterCollection.from_pretrained(bundle / "own")
     own = {name: collection.final(name) for name in collection.tasks}
     processor = AutoProcessor.from_pretrained(model.get_base_model().name_or_path)
-    show = _show_text if task == "text" else _show_detection
-    evaluation, more = show(
-        generator, model, processor, {found.name: found for found in load_tasks(bundle / "tasks")}, own, folder, full, say
+    tasks: dict[str, Any] = {found.name: found for found in load_tasks(bundle / "tasks")}
+    kind: type[Report[Any]]
+    if task == "text":
+        kind = Evaluation
+        more = _continue(model, processor, tasks["shakespeare"].test_texts[0], say)
+    else:
+        kind = DetectionEvaluation
+        more = _find(generator, model, processor, tasks["sofa"], own["sofa"], folder.resolve() / "detections.png", say)
+    chosen, where = (_all_tasks if full else _few_tasks)(task, tasks)
+    say(f"\n{where}:\n")
+    row = None
+    if not full:
+        say(f"{'task':14}{'base':>9}{'own':>9}{'generated':>11}   from")
+        row = partial(_say_row, kind, say)
+    evaluation = kind.evaluate(
+        generator,
+        processor,
+        chosen,
+        own,
+        variants=VARIANTS if full and task == "text" else ("generated",),
+        seeds=SEEDS if full else SEEDS[:1],
+        progress=full,
+        each=row,
+        batch_size=BATCH[task],
     )
     result = {**evaluation.to_dict(), "adapter": str(adapter), **more}
     evaluation.plot(folder / "demo.png")
@@ -79,26 +107,41 @@ def run_demo(output: str | Path, task: str = "text", *, full: bool = False, quie
     return result
 
 
-def _show_text(
-    generator: ICMGenerator,
-    model: PeftModel,
-    tokenizer: Any,
-    tasks: dict[str, Any],
-    own: dict[str, torch.Tensor],
-    folder: Path,
-    full: bool,
-    say: Say,
-) -> tuple[Any, dict[str, Any]]:
-    """A text continued side by side, then perplexities."""
-    from ..evaluation.text import Evaluation, evaluate_generator
-    from ..tasks.language_modeling import nll
+def _all_tasks(task: str, tasks: dict[str, Any]) -> tuple[list[Any], str]:
+    """Those of `--full`, and what they are."""
+    if task == "text":
+        return list(tasks.values()), f"Now on held-out text of all {len(tasks)} tasks, with controls (this takes about two minutes)"
+    count = len(tasks["sofa"].test_images)
+    where = f"Now the paper's five classes, on {count} pictures in styles never trained on (this takes about a minute)"
+    return [tasks[name] for name in tasks if name in TABLE_1], where
 
-    opening = tasks["shakespeare"].test_texts[0][:OPENING].rpartition("\n")[0] + "\n"
+
+def _few_tasks(task: str, tasks: dict[str, Any]) -> tuple[list[Any], str]:
+    """A few tasks with the beginning of their held-out data, and what that is."""
+    if task == "text":
+        texts = [replace(tasks[name], test_texts=[tasks[name].test_texts[0][:CHARACTERS]]) for name in TEXTS]
+        return texts, f"Perplexity on the first {CHARACTERS} characters of held-out text"
+    classes = []
+    for found in (tasks[name] for name in CLASSES):
+        images = [image for image in found.test_images if found.label in image.labels][:PICTURES]
+        images += [image for image in found.test_images if found.label not in image.labels][:PICTURES]
+        classes.append(replace(found, test_images=images))
+    return classes, f"AP50 on {2 * PICTURES} held-out pictures"
+
+
+def _say_row(kind: type[Report[Any]], say: Say, task: Any, row: dict[str, Any]) -> None:
+    base, own, generated = (kind.shown[0].format(**kind.numbers(row[column])) for column in ("base", "own", "generated"))
+    say(f"{task.name:14}{base:>9}{own:>9}{generated:>11}   {task.descriptions[0]!r}")
+
+
+def _continue(model: PeftModel, tokenizer: Any, text: str, say: Say) -> dict[str, Any]:
+    """The beginning of a text continued side by side."""
+    opening = text[:OPENING].rpartition("\n")[0] + "\n"
     inputs = tokenizer(opening, return_tensors="pt", return_token_type_ids=False)
 
     def goes_on() -> str:
         with torch.random.fork_rng():
-            torch.manual_seed(SEED)
+            torch.manual_seed(SEEDS[0])
             tokens = model.generate(
                 **inputs, max_new_tokens=NEW_TOKENS, do_sample=True, temperature=0.7, pad_token_id=tokenizer.eos_token_id
             )
@@ -108,92 +151,17 @@ def _show_text(
         continued = {"base": goes_on()}
     continued["generated"] = goes_on()
     say(f"A held-out play, continued by both models with one seed:\n{opening}\n")
-    width = max(len(line) for line in ["base", *continued["base"].splitlines()]) + 3
-    for left, right in _beside(
-        ["base", "----", *continued["base"].splitlines()], ["generated", "---------", *continued["generated"].splitlines()]
-    ):
+    columns = [[name, "-" * len(name), *found.splitlines()] for name, found in continued.items()]
+    width = max(map(len, columns[0])) + 3
+    for left, right in zip_longest(*columns, fillvalue=""):
         say(f"{left:{width}}{right}")
-    more = {"opening": opening, "continued": continued}
-    if full:
-        say(f"\nNow on held-out text of all {len(tasks)} tasks, with controls (this takes about two minutes):")
-        return evaluate_generator(generator, tokenizer, list(tasks.values()), own, batch_size=4), more
-
-    say(f"\nPerplexity on the first {CHARACTERS} characters of held-out text:\n\n{'task':14}{'base':>9}{'own':>9}{'generated':>11}   from")
-    start, scores, layout = time.perf_counter(), {}, generator.layout
-    for name in TEXTS:
-        texts = [tasks[name].test_texts[0][:CHARACTERS]]
-        score = lambda texts=texts: nll(model, tokenizer, texts, batch_size=4, progress=False)[0]  # noqa: E731
-        with model.disable_adapter():
-            row = {"base": score()}
-        attach(model, layout, layout.unflatten(own[name].to(layout.torch_dtype)))
-        row["own"] = score()
-        generator.generate_adapter(tasks[name].descriptions[0], model, generator=torch.Generator().manual_seed(SEED))
-        row["generated"] = score()
-        scores[name] = row
-        base, trained, made = (row[column].perplexity for column in ("base", "own", "generated"))
-        say(f"{name:14}{base:9.2f}{trained:9.2f}{made:11.2f}   {tasks[name].descriptions[0]!r}")
-    return Evaluation(scores, [SEED], time.perf_counter() - start), more
+    return {"opening": opening, "continued": continued}
 
 
-def _beside(left: list[str], right: list[str]) -> list[tuple[str, str]]:
-    longest = max(len(left), len(right))
-    return list(zip(left + [""] * (longest - len(left)), right + [""] * (longest - len(right)), strict=True))
-
-
-def _show_detection(
-    generator: ICMGenerator,
-    model: PeftModel,
-    processor: Any,
-    tasks: dict[str, Any],
-    own: dict[str, torch.Tensor],
-    folder: Path,
-    full: bool,
-    say: Say,
-) -> tuple[Any, dict[str, Any]]:
-    """Boxes drawn side by side, then AP50."""
-    from ..evaluation.detection import DetectionEvaluation, class_precision, evaluate_detection
-    from ..tasks.detection import detect
-
-    picture = folder.resolve() / "detections.png"
-    shown = _draw(generator, model, processor, tasks["sofa"], own["sofa"], picture)
-    more = {"picture": str(picture), "shown": shown}
-    precisions = ", ".join(f"{name} {found['map_50']:.2f}" for name, found in shown.items())
-    say(f"AP50 on the {SHOWN} pictures drawn in {picture}: {precisions}")
-    if full:
-        count = len(tasks["sofa"].test_images)
-        say(f"\nNow the paper's five classes, on {count} pictures in styles never trained on (this takes about a minute):")
-        some = [tasks[name] for name in tasks if name in TABLE_1]
-        return evaluate_detection(generator, processor, some, own, variants=("generated",)), more
-
-    say(f"\nAP50 on {2 * PICTURES} held-out pictures:\n\n{'class':14}{'base':>9}{'own':>9}{'generated':>11}   from")
-    start, scores, layout = time.perf_counter(), {}, generator.layout
-    for name in CLASSES:
-        task = tasks[name]
-        images = [image for image in task.test_images if task.label in image.labels][:PICTURES]
-        images += [image for image in task.test_images if task.label not in image.labels][:PICTURES]
-        score = lambda task=task, images=images: class_precision(  # noqa: E731
-            detect(model, processor, images, prompt=task.prompt, progress=False), images, task.label
-        )
-        with model.disable_adapter():
-            row = {"base": score()}
-        attach(model, layout, layout.unflatten(own[name].to(layout.torch_dtype)))
-        row["own"] = score()
-        generator.generate_adapter(task.descriptions[0], model, generator=torch.Generator().manual_seed(SEED))
-        row["generated"] = score()
-        scores[name] = row
-        base, trained, made = (row[column]["map_50"] for column in ("base", "own", "generated"))
-        say(f"{name:14}{base:9.2f}{trained:9.2f}{made:11.2f}   {task.descriptions[0]!r}")
-    return DetectionEvaluation(scores, [SEED], time.perf_counter() - start), more
-
-
-def _draw(
-    generator: ICMGenerator, model: PeftModel, processor: Any, task: Any, own: torch.Tensor, picture: Path
-) -> dict[str, dict[str, Any]]:
-    """Draw a few pictures with the class under base, own LoRA and the generated adapter; returns boxes and AP50 of each."""
-    from ..evaluation.detection import class_precision
-    from ..evaluation.figures import plot_detections
-    from ..tasks.detection import detect
-
+def _find(
+    generator: ICMGenerator, model: PeftModel, processor: Any, task: Any, own: torch.Tensor, picture: Path, say: Say
+) -> dict[str, Any]:
+    """A few pictures with the class, drawn under base, own LoRA and the generated adapter; boxes and AP50 of each."""
     images = [image for image in task.test_images if task.label in image.labels][:SHOWN]
     generated = detect(model, processor, images, progress=False)
     with model.disable_adapter():
@@ -207,4 +175,6 @@ def _draw(
         shown[name] = {"map_50": round(class_precision(found, images, task.label)["map_50"], 4), "boxes": boxes}
     titles = {f"{name}: AP50 {shown[name]['map_50']:.2f}": found for name, found in columns.items()}
     plot_detections(images, titles, picture, label=task.label)
-    return shown
+    precisions = ", ".join(f"{name} {found['map_50']:.2f}" for name, found in shown.items())
+    say(f"AP50 on the {SHOWN} pictures drawn in {picture}: {precisions}")
+    return {"picture": str(picture), "shown": shown}

@@ -98,6 +98,28 @@ def plot_detections(
     save_figure(figure, file)
 
 
+def plot_bars(names: Sequence[str], bars: Mapping[str, Sequence[float]], label: str, file: str | os.PathLike[str]) -> None:
+    """Draw bars of several kinds side by side for each name.
+
+    Args:
+        names (`Sequence[str]`): Below the groups of bars.
+        bars (`Mapping[str, Sequence[float]]`): By kind, one number for each name.
+        label (`str`): Of the numbers.
+        file (`str` or `Path`): The PNG.
+    """
+    from matplotlib import pyplot
+
+    width = 1 / (len(bars) + 1)
+    figure, axes = pyplot.subplots(figsize=(max(5, 0.55 * len(names) + 2), 4.5), layout="constrained")
+    for index, (kind, numbers) in enumerate(bars.items()):
+        axes.bar([place + (index - (len(bars) - 1) / 2) * width for place in range(len(names))], numbers, width, label=kind)
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_ylabel(label)
+    figure.legend(loc="outside upper center", ncols=1 if len(names) < 8 else len(bars), frameon=False)
+    save_figure(figure, file)
+
+
 def save_figure(figure: Figure, file: str | os.PathLike[str]) -> None:
     """Write a figure as PNG to a temporary name, rename it, and close it."""
     from matplotlib import pyplot

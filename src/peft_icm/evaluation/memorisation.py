@@ -13,7 +13,7 @@ from ..adapters.collection import AdapterCollection
 from ..adapters.fidelity import cosine, distances, norms
 from ..adapters.layout import AdapterLayout
 from ..baselines.base import AdapterSource
-from .figures import save_figure
+from .figures import plot_bars
 
 _DIGITS = 6  # below lies what a difference of equal norms leaves (see fidelity.distances)
 _MEASURES = ("nearest_snapshot", "nearest_is_own_task", "between_snapshots", "to_own", "mode_to_own", "spread")
@@ -174,16 +174,6 @@ def plot_memorisation(report: Mapping[str, Any], file: str | os.PathLike[str]) -
 
     ```
     """
-    from matplotlib import pyplot
-
-    names = [row["name"] for row in report["tasks"]]
-    bars = {key: label for key, label in _BARS.items() if all(row[key] is not None for row in report["tasks"])}
-    width = 1 / (len(bars) + 1)
-    figure, axes = pyplot.subplots(figsize=(max(5, 0.55 * len(names) + 2), 4.5), layout="constrained")
-    for index, (key, label) in enumerate(bars.items()):
-        places = [x + (index - (len(bars) - 1) / 2) * width for x in range(len(names))]
-        axes.bar(places, [row[key] for row in report["tasks"]], width, label=label)
-    axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
-    axes.set_ylabel("distance of dW (own LoRA's norm = 1)")
-    figure.legend(loc="outside upper center", ncols=1 if len(names) < 8 else len(bars), frameon=False)
-    save_figure(figure, file)
+    bars = {label: [row[key] for row in report["tasks"]] for key, label in _BARS.items()}
+    whole = {label: values for label, values in bars.items() if None not in values}
+    plot_bars([row["name"] for row in report["tasks"]], whole, "distance of dW (own LoRA's norm = 1)", file)

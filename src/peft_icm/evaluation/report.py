@@ -1,0 +1,275 @@
+"""One report for every kind of task: what base, own LoRA and generated adapters score, and how much of the own LoRA's gain is generated."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..adapters.attach import attach
+from ..generator.modeling_icm import ICMGenerator
+from .figures import plot_bars
+
+VARIANTS = ("generated", "pictures", "text_and_pictures", "unseen_phrasing", "wrong_task", "gibberish")
+GIBBERISH = ("xqzv blorf wug nimp", "asdkjh qweoiu zmxncb", "lkj lkj lkj")
+HANDFUL = 4  # pictures that one adapter is generated from
+_DIGITS = 4
+
+Score = TypeVar("Score")
+
+
+def share_of(gain: float, own: float) -> float | None:
+    """The share of the own LoRA's gain; `None`, n/a, where that gains nothing.
+
+    Args:
+        gain (`float`): Of an adapter over the base.
+        own (`float`): Of the own LoRA over the base.
+
+    Returns:
+        `float` or `None`
+
+    Example:
+
+    ```python
+    >>> share_of(0.5, 2.0), share_of(0.0, 0.0)
+    (0.25, None)
+
+    ```
+    """
+    return gain / own if own > 0 else None
+
+
+class Report(ABC, Generic[Score]):
+    """Scores of held-out data under the base, each task's own LoRA and generated adapters; a kind of task brings its metric.
+
+    The columns of a task are `base`, `own` and the variants of [`~Report.evaluate`]. A *gain* is what a column is worth above the base,
+    the *share* of a variant is its gain over the own LoRA's.
+
+    Args:
+        scores (`dict[str, dict[str, Score]]`): By task and column, over all seeds and sentences.
+        seeds (`list[int]`): Of z.
+        seconds (`float`): What the evaluation took.
+
+    Attributes:
+        unit (`str`): Of a gain.
+        heading (`str`): Above the cells of the table.
+        shown (`tuple[str, ...]`): Formats of what a cell shows of [`~Report.numbers`]; the first is what the demo shows.
+    """
+
+    unit: ClassVar[str]
+    heading: ClassVar[str]
+    shown: ClassVar[tuple[str, ...]]
+
+    def __init__(self, scores: dict[str, dict[str, Score]], seeds: list[int], seconds: float):
+        self.scores, self.seeds, self.seconds = scores, seeds, seconds
+
+    # ------------------------------------------------------------------ the metric
+    @staticmethod
+    @abstractmethod
+    def tested_on(task: Any) -> tuple[str, Sequence[Any]]:
+        """What a task is tested on, in words, and its held-out items of that kind."""
+
+    @staticmethod
+    @abstractmethod
+    def score(model: Any, processor: Any, task: Any, **options: Any) -> Score:
+        """The score of a model on a task's held-out data."""
+
+    @staticmethod
+    @abstractmethod
+    def pool(scores: Sequence[Score]) -> Score:
+        """One score of many: over seeds and sentences, or over tasks."""
+
+    @staticmethod
+    @abstractmethod
+    def numbers(score: Score) -> dict[str, float]:
+        """What a score says, by name."""
+
+    @staticmethod
+    @abstractmethod
+    def worth(score: Score) -> float:
+        """What a score is worth; larger is better."""
+
+    @staticmethod
+    @abstractmethod
+    def to_json(score: Score) -> Any:
+        """A score in `to_dict`."""
+
+    @staticmethod
+    def pictures(task: Any, count: int) -> list[Any]:
+        """Held-out pictures that ask for the task, at most `count`; none where it has none."""
+        return []
+
+    # ------------------------------------------------------------------ the report
+    @property
+    def variants(self) -> list[str]:
+        """Those that every task has."""
+        rows = list(self.scores.values())
+        return [name for name in rows[0] if name not in ("base", "own") and all(name in row for row in rows)]
+
+    def gain(self, task: str, column: str) -> float:
+        """What a column is worth above the base of the task."""
+        row = self.scores[task]
+        return self.worth(row[column]) - self.worth(row["base"])
+
+    def task_share(self, task: str, variant: str) -> float | None:
+        """The share of one task; see [`share_of`]."""
+        return share_of(self.gain(task, variant), self.gain(task, "own"))
+
+    def share(self, variant: str) -> dict[str, float | None]:
+        """`{"mean", "min"}`: the sum of all tasks' gains over that of the own LoRAs, and the share of the worst task that has one."""
+        gain, own = (sum(self.gain(task, column) for task in self.scores) for column in (variant, "own"))
+        shares = [share for task in self.scores if (share := self.task_share(task, variant)) is not None]
+        return {"mean": share_of(gain, own), "min": min(shares, default=None)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: of each task the scores, gains and shares, the shares of all tasks, seeds and seconds; `None` is n/a."""
+        rows = []
+        for task, row in self.scores.items():
+            variants = [name for name in row if name not in ("base", "own")]
+            gains = {name: self.gain(task, name) for name in ("own", *variants)}
+            shares = {name: self.task_share(task, name) for name in variants}
+            scores = {name: self.to_json(score) for name, score in row.items()}
+            rows.append({"name": task, **scores, "gain": rounded(gains), "share": rounded(shares)})
+        shares_of_all = {name: rounded(self.share(name)) for name in self.variants}
+        return {"tasks": rows, "share": shares_of_all, "seeds": self.seeds, "seconds": round(self.seconds, 1)}
+
+    def table(self) -> str:
+        """The scores of every column, then the own LoRAs' gains and every variant's share of them."""
+        columns = ["base", "own", *self.variants]
+        cell = " / ".join(self.shown)
+
+        def line(title: str, cells: Sequence[str]) -> str:
+            return f"{title:16}" + "".join(f"{cell:>18}" for cell in cells)
+
+        lines = [line(self.heading, [name.replace("text_and_", "text+") for name in columns])]
+        pooled = {name: self.pool([row[name] for row in self.scores.values()]) for name in columns}
+        for task, row in [*self.scores.items(), ("all tasks", pooled)]:
+            lines.append(line(task, [cell.format(**self.numbers(row[name])) for name in columns]))
+        lines += ["", f"The own LoRA's gain over the base, in {self.unit}, and the share of it:"]
+        for task in self.scores:
+            lines.append(
+                line(task, ["", f"{self.gain(task, 'own'):.3f}", *(_share(self.task_share(task, name)) for name in self.variants)])
+            )
+        mean = sum(self.gain(task, "own") for task in self.scores) / len(self.scores)
+        for title, own, key in (("all tasks", f"{mean:.3f}", "mean"), ("worst task", "", "min")):
+            lines.append(line(title, ["", own, *(_share(self.share(name)[key]) for name in self.variants)]))
+        return "\n".join(lines)
+
+    def plot(self, file: str | os.PathLike[str]) -> None:
+        """Draw the gain of each task over the base as a PNG.
+
+        Args:
+            file (`str` or `Path`): Where to.
+        """
+        bars = {name.replace("_", " "): [self.gain(task, name) for task in self.scores] for name in ("own", *self.variants)}
+        plot_bars(list(self.scores), bars, f"gain over the base ({self.unit})", file)
+
+    # ------------------------------------------------------------------ the evaluator
+    @classmethod
+    def evaluate(
+        cls,
+        generator: ICMGenerator,
+        processor: Any,
+        tasks: Sequence[Any],
+        own: Mapping[str, Tensor],
+        *,
+        variants: Sequence[str] = VARIANTS,
+        seeds: Sequence[int] = (0, 1, 2),
+        progress: bool = True,
+        each: Callable[[Any, dict[str, Score]], None] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Score a generator on the held-out data of tasks.
+
+        - `generated`: from the task's first description, once for each seed.
+        - `pictures`: from four held-out pictures, the next four for each seed.
+        - `text_and_pictures`: from both.
+        - `unseen_phrasing`: from each of the task's `unseen_descriptions`, the seeds taken in turn.
+        - `wrong_task`: from the first description of another task, half-way round the list, once for each seed.
+        - `gibberish`: from letters without meaning, one line for each seed.
+
+        Args:
+            generator ([`ICMGenerator`]): Reads text, or text and pictures.
+            processor (`PreTrainedTokenizerBase` or `ProcessorMixin`): Of its base model.
+            tasks (`Sequence`): Of one kind, with held-out data and descriptions.
+            own (`Mapping[str, Tensor]`): `[P]`, the own LoRA of each task.
+            variants (`Sequence[str]`): Which of the above; those that the encoder or the task has nothing for are left out.
+            seeds (`Sequence[int]`, defaults to `(0, 1, 2)`): Of z.
+            progress (`bool`, defaults to `True`): Show a progress bar.
+            each (`Callable`, *optional*): Called with each task and its scores as they are ready.
+            **options: For [`~Report.score`].
+
+        Returns:
+            [`Report`]: Of the kind that is asked.
+
+        Raises:
+            `ValueError`: If there is no task or no seed, or a task has no held-out data, no description or no own LoRA.
+        """
+        if not tasks or not seeds:
+            raise ValueError(f"tasks={tasks!r:.80} and seeds={seeds!r:.80} must each have one entry at least.")
+        for task in tasks:
+            needed, items = cls.tested_on(task)
+            if not items or not task.descriptions or task.name not in own:
+                raise ValueError(f"Task {task.name!r} needs {needed}, a description and an own LoRA to be evaluated.")
+        start = time.perf_counter()
+        layout = generator.layout
+        seen = HANDFUL * len(seeds) if "images" in generator.encoder.accepts else 0
+        model = generator.generate_adapter(tasks[0].descriptions[0])
+        scores: dict[str, dict[str, Score]] = {}
+        for index, task in enumerate(tqdm(tasks, desc="evaluating", unit="task", disable=not progress)):
+            with model.disable_adapter():
+                row = {"base": cls.score(model, processor, task, **options)}
+            attach(model, layout, layout.unflatten(own[task.name].to(layout.torch_dtype)))
+            row["own"] = cls.score(model, processor, task, **options)
+            other = tasks[(index + max(1, len(tasks) // 2)) % len(tasks)]
+            for name, asked in conditions(task, other, cls.pictures(task, seen), seeds).items():
+                if name in variants and asked:
+                    parts = []
+                    for condition, seed in asked:
+                        generator.generate_adapter(**condition, base_model=model, generator=torch.Generator().manual_seed(seed))
+                        parts.append(cls.score(model, processor, task, **options))
+                    row[name] = cls.pool(parts)
+            scores[task.name] = row
+            if each:
+                each(task, row)
+        return cls(scores, list(seeds), time.perf_counter() - start)
+
+
+def conditions(task: Any, other: Any, pictures: Sequence[Any], seeds: Sequence[int]) -> dict[str, list[tuple[dict[str, Any], int]]]:
+    """What each variant's adapters are generated from, and with which seed.
+
+    Args:
+        task (`LanguageModelingTask` or `DetectionTask`): That is asked for.
+        other (`LanguageModelingTask` or `DetectionTask`): The wrong one; the task itself where there is no other.
+        pictures (`Sequence`): That ask for the task.
+        seeds (`Sequence[int]`): Of z.
+
+    Returns:
+        `dict[str, list[tuple[dict, int]]]`: By variant, arguments of [`~ICMGenerator.generate_adapter`] and seeds.
+    """
+    text = task.descriptions[0]
+    handfuls = [pictures[start : start + HANDFUL] for start in range(0, len(pictures), HANDFUL)]
+    return {
+        "generated": [({"text": text}, seed) for seed in seeds],
+        "pictures": [({"images": handful}, seed) for handful, seed in zip(handfuls, seeds, strict=False)],
+        "text_and_pictures": [({"text": text, "images": handful}, seed) for handful, seed in zip(handfuls, seeds, strict=False)],
+        "unseen_phrasing": [({"text": line}, seed) for line, seed in zip(task.unseen_descriptions, itertools.cycle(seeds), strict=False)],
+        "wrong_task": [({"text": other.descriptions[0]}, seed) for seed in seeds] if other is not task else [],
+        "gibberish": [({"text": line}, seed) for line, seed in zip(itertools.cycle(GIBBERISH), seeds, strict=False)],
+    }
+
+
+def rounded(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """The same with four digits; `None` stays."""
+    return {name: None if value is None else round(value, _DIGITS) for name, value in values.items()}
+
+
+def _share(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"
