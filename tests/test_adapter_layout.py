@@ -310,15 +310,17 @@ class TestWhatALayoutIsMadeOf:
         assert not same_function(other.lora_config(), layout)
 
     def test_every_field_of_peft_has_its_class(self):
-        classes = [
+        classes = (
             functional.SCALE,
             functional.REFUSED,
             functional.INITIALISATION,
             functional.TRAINING,
             functional.NAMING,
             functional.ABOUT,
-        ]
-        assert sorted(name for each in classes for name in each) == sorted(field.name for field in dataclasses.fields(LoraConfig))
+        )
+        known = [name for each in classes for name in each]
+        assert len(known) == len(set(known))
+        assert {field.name for field in dataclasses.fields(LoraConfig)} <= set(known)  # an older peft has fewer
 
 
 EVIL = "(([a-z0-9._]+)+)+[A-Z]"

@@ -19,7 +19,7 @@ from ..conditioning import Picture, TaskEncoder, open_images
 from ..hub.cards import collection_card
 from ..hub.files import published, push_folder, resolve
 from .gauge import align
-from .layout import AdapterLayout, KeyMap, map_keys
+from .layout import ADAPTER_FILES, AdapterLayout, KeyMap, map_keys
 
 FORMAT = 1
 MANIFEST = "collection.json"
@@ -158,7 +158,7 @@ class AdapterCollection:
         snapshots: dict[str, Tensor] = {}
         texts: dict[str, list[str]] = {}
         for adapter, description in zip(adapters, descriptions, strict=True):
-            folder = resolve(str(adapter), allow_patterns=["adapter_*", "*/adapter_config.json"], **hub_kwargs)
+            folder = resolve(str(adapter), allow_patterns=ADAPTER_FILES, **hub_kwargs)
             found = AdapterLayout.from_pretrained(folder, key_map=key_map)
             if layout is None:
                 layout = found

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..hub.files import resolve
-from .layout import AdapterLayout
+from .layout import ADAPTER_FILES, AdapterLayout
 
 _BLOCK = 2**24  # numbers of the [g, n, m, r, r] products held at once: 128 MiB in double precision
 
@@ -232,6 +232,6 @@ def compare_adapters(generated: str | Path, reference: str | Path, **hub_kwargs:
 
 
 def _load(adapter: str | Path, **hub_kwargs: Any) -> tuple[AdapterLayout, Tensor]:
-    folder = resolve(str(adapter), allow_patterns=["adapter_*"], **hub_kwargs)
+    folder = resolve(str(adapter), allow_patterns=ADAPTER_FILES, **hub_kwargs)
     layout = AdapterLayout.from_pretrained(folder)
     return layout, layout.flatten(load_file(folder / "adapter_model.safetensors"))

@@ -21,6 +21,8 @@ from .functional import normal_config, scales
 from .tensors import PREFIX, KeyMap, check_tensors, expected_shape, map_keys, module_of, natural, ranks_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What is downloaded of an adapter's repo: with the configurations below it, by which a folder of named adapters is known.
+ADAPTER_FILES = ("adapter_*", "*/adapter_config.json")
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -133,7 +135,7 @@ class AdapterLayout:
         """
         from ..hub.files import resolve
 
-        path = resolve(str(folder), allow_patterns=["adapter_*", "*/adapter_config.json"], **hub_kwargs)
+        path = resolve(str(folder), allow_patterns=ADAPTER_FILES, **hub_kwargs)
         weights = path / "adapter_model.safetensors"
         if not weights.is_file():
             raise ValueError(f"{folder} holds no adapter_model.safetensors: {_where_instead(path)}")
@@ -363,5 +365,5 @@ def _where_instead(path: Path) -> str:
         return "convert its adapter_model.bin: load it with PeftModel.from_pretrained and save it with save_pretrained."
     named = sorted(file.parent.name for file in path.glob("*/adapter_config.json"))
     if named:
-        return f"its adapters lie in {', '.join(f'{name}/' for name in named[:5])}: name that folder."
+        return f"its adapters lie in {', '.join(f'{name}/' for name in named[:5])}: name that folder, after a download if it is a repo's."
     return "save it with PeftModel.save_pretrained."

@@ -14,11 +14,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..adapters.attach import attach
+from ..adapters.attach import attach, check_name, unchanged_on_failure
 from ..adapters.base import load_base, share_tensors
 from ..adapters.layout import AdapterLayout
 from ..conditioning import Picture, TaskEncoder, load_task_encoder, open_images
-from ..disk import MAX_NAME_BYTES, inside, safe_name
+from ..disk import MAX_NAME_BYTES, inside
 from ..hub.files import is_local, resolve
 from .configuration_icm import ICMConfig
 from .sampling import Generators, as_conditions
@@ -221,7 +221,7 @@ class AdapterMixin:
         Raises:
             `ValueError`: If the input is not what the encoder reads, or the base does not fit the layout.
         """
-        safe_name(adapter_name, "adapter")
+        check_name(adapter_name)
         state_dict = self.generate_state_dict(text, temperature=temperature, generator=generator, **task)
         model = self._base_for(base_model, base_model_kwargs)
         facts = self._facts(text, temperature, generator, task.get("images"))
@@ -253,23 +253,25 @@ class AdapterMixin:
             `PeftModel`: The model that carries all of them.
 
         Raises:
-            `ValueError`: If `texts` is empty or a string, or the names are not as many as the texts and all different.
+            `ValueError`: If `texts` is empty or a string, the names are not as many as the texts and all different, or one of them can't
+                be attached; the model has none of the new ones then.
         """
         if isinstance(texts, str) or not texts:
             raise ValueError(f"texts={texts!r} must be a non-empty list of sentences.")
         if isinstance(adapter_names, str):
             raise ValueError(f"adapter_names={adapter_names!r} must be a list of names.")
-        names = [safe_name(name, "adapter") for name in adapter_names or map(_words, texts)]
+        names = [check_name(name) for name in adapter_names or map(_words, texts)]
         if len(names) != len(texts) or len(set(names)) != len(names):
             raise ValueError(f"Expected {len(texts)} different adapter names, found {names}.")
         vectors = torch.stack([self.task_vector(text) for text in texts])
         samples = self._finite(self.sample(vectors, 1, generator, temperature))
         model = self._base_for(base_model, base_model_kwargs)
         generators = generator if isinstance(generator, Sequence) else [generator] * len(names)
-        for name, text, vector, source in zip(names, texts, samples, generators, strict=True):
-            facts = self._facts(text, temperature, source)
-            state_dict = self.layout.unflatten(vector)
-            model = attach(model, self.layout, state_dict, adapter_name=name, is_trainable=is_trainable, provenance=facts)
+        with unchanged_on_failure(model):
+            for name, text, vector, source in zip(names, texts, samples, generators, strict=True):
+                facts = self._facts(text, temperature, source)
+                state_dict = self.layout.unflatten(vector)
+                model = attach(model, self.layout, state_dict, adapter_name=name, is_trainable=is_trainable, provenance=facts)
         assert isinstance(model, PeftModel)
         model.set_adapter(names[0], inference_mode=not is_trainable)
         return model
