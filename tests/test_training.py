@@ -16,7 +16,6 @@ from transformers import EarlyStoppingCallback
 
 from peft_icm import AdapterCollection, ICMConfig, ICMGenerator, ICMTrainer, ICMTrainingArguments
 from peft_icm.training.episodes import EpisodeDataset, EpisodeSampler, held_out_mask, seeded
-from peft_icm.training.recipe import check_recipe, training_recipe
 
 LAYOUTS = {"llama": llama_layout, "florence": florence_layout}
 
@@ -265,50 +264,52 @@ def test_single_snapshots_leave_nothing_to_hold_out(tmp_path, caplog):
     assert trainer.generator.config.training["held_out_snapshots"] == 0 and trainer.generator.config.training["metrics"] == []
 
 
-class TestResume:
-    def recipe(self, tmp_path, collection=None, seed=0, rate=1e-3, **options):
-        args = arguments(tmp_path, seed=seed, learning_rate=rate)
-        return training_recipe(collection or tiny_collection(), config(**options), args)
+class TestWhatIsNotFinite:
+    """Set in place, after the collection was checked."""
 
-    def test_the_same_run_goes_on_and_another_is_refused(self, tmp_path):
-        other = tiny_collection()
-        other.snapshots = {task: part + 1 for task, part in other.snapshots.items()}
-        moved = tiny_collection()
-        moved.task_vectors = {task: -part for task, part in moved.task_vectors.items()}
-        check_recipe(tmp_path, self.recipe(tmp_path), resume=False)
-        (tmp_path / "checkpoint-3").mkdir()
-        check_recipe(tmp_path, self.recipe(tmp_path), resume=True)
-        for changed, words in (
-            ({"collection": other}, "another collection"),
-            ({"collection": moved}, "another collection"),
-            ({"seed": 1}, "seed was 0, now 1"),
-            ({"rate": 0.5}, "learning_rate was 0.001, now 0.5"),
-            ({"latent_size": 3}, "latent_size was"),
-        ):
-            with pytest.raises(ValueError, match=words):
-                check_recipe(tmp_path, self.recipe(tmp_path, **changed), resume=True)
-        assert (tmp_path / "checkpoint-3").is_dir()
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_snapshots(self, tmp_path, value):
+        collection = tiny_collection()
+        collection.snapshots["task1"][3, 5] = value
+        with pytest.raises(ValueError, match="Task 'task1': snapshot 3 holds (nan|inf) in .*q_proj"):
+            ICMTrainer(config(), arguments(tmp_path), collection=collection)
 
-    def test_an_unreadable_recipe_is_named(self, tmp_path):
-        (tmp_path / "checkpoint-3").mkdir()
-        with pytest.raises(ValueError, match="recipe.json cannot be read"):
-            check_recipe(tmp_path, self.recipe(tmp_path), resume=True)
+    def test_task_vectors(self, tmp_path):
+        collection = tiny_collection()
+        collection.task_vectors["task2"][0, 0] = float("nan")
+        with pytest.raises(ValueError, match="Task 'task2': its task vectors hold NaN"):
+            ICMTrainer(config(), arguments(tmp_path), collection=collection)
 
-    def test_a_run_that_is_begun_anew_leaves_no_checkpoint_to_resume(self, tmp_path):
-        (tmp_path / "checkpoint-3").mkdir()
-        check_recipe(tmp_path, self.recipe(tmp_path, seed=1), resume=False)
-        assert not list(tmp_path.glob("checkpoint-*"))
+
+def test_the_log_of_a_run_is_of_its_own_steps(tmp_path):
+    trainer = ICMTrainer(config(), arguments(tmp_path, logging_steps=2, max_steps=3), collection=tiny_collection())
+    start, logged = weights(trainer), []
+    for _ in range(2):  # three steps, of which the last is in no log
+        trainer.generator.load_state_dict(start)
+        trainer.optimizer = trainer.lr_scheduler = None
+        trainer.train()
+        logged.append([entry["mse"] for entry in trainer.state.log_history if "mse" in entry])
+    assert logged[0] == logged[1] and len(logged[0]) == 1
 
 
 def test_the_order_of_0_1_0_works_and_warns(tmp_path):
-    collection, args = tiny_collection(), arguments(tmp_path)
-    with pytest.warns(FutureWarning, match=r"write ICMTrainer\(model, args, collection=collection\)"):
-        old = ICMTrainer(collection, config(), args)
-    with pytest.warns(FutureWarning):
-        keywords = ICMTrainer(collection, args=args)
-    assert old.collection is keywords.collection is collection and old.args is keywords.args is args
+    collection, settings, args = tiny_collection(), config(), arguments(tmp_path)
+    ways = [
+        lambda: ICMTrainer(collection, settings, args),
+        lambda: ICMTrainer(collection, settings, args=args),
+        lambda: ICMTrainer(collection, model=settings, args=args),
+        lambda: ICMTrainer(collection, args=args),
+    ]
+    for way in ways:
+        with pytest.warns(FutureWarning, match=r"write ICMTrainer\(model, args, collection=collection\)") as caught:
+            trainer = way()
+        assert trainer.collection is collection and trainer.args is args
+        assert [warning.filename for warning in caught if "write ICMTrainer" in str(warning.message)] == [__file__]
+    assert ICMTrainer(config(latent_size=3), args, collection).generator.config.latent_size == 3  # the order of now
+    with pytest.raises(TypeError, match="multiple values"):
+        ICMTrainer(collection, settings, model=settings)
     with pytest.raises(ValueError, match="needs collection="):
-        ICMTrainer(config(), args)
+        ICMTrainer(settings, args)
 
 
 def test_noise_of_one_seed_and_epoch_never_meets_that_of_another():

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ..adapters.collection import AdapterCollection
-from ..disk import replacing_file
+from ..collecting.folder import make_folder
+from ..collecting.recipe import difference
+from ..disk import inside, replacing_file
 from ..generator.configuration_icm import ICMConfig
 from .arguments import ICMTrainingArguments
 
 RECIPE = "recipe.json"
+LOCK = ".lock"
 # Where a run writes, what it says, and how long it is, since a run may be made longer; everything else may change what is learnt.
 _WITHOUT_EFFECT = (
     "output_dir",
@@ -54,8 +61,40 @@ def training_recipe(collection: AdapterCollection, config: ICMConfig, args: ICMT
     return json.loads(json.dumps({"collection": digest.hexdigest(), "config": model, "arguments": settings}, default=str))
 
 
+_held: dict[Path, FileLock] = {}
+
+
+def keep_others_out(folder: str | Path) -> None:
+    """Lock a work folder for this process, until [`let_others_in`] or its end.
+
+    Args:
+        folder (`str` or `Path`): There already.
+
+    Raises:
+        `ValueError`: If another process has locked it.
+    """
+    place = Path(folder).resolve()
+    if place in _held:
+        return
+    lock = FileLock(place / LOCK, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"Another process is training into {folder}: wait for it, or choose another output folder.") from error
+    _held[place] = lock
+
+
+def let_others_in(folder: str | Path) -> None:
+    """The end of [`keep_others_out`]; nothing where that was not called."""
+    if lock := _held.pop(Path(folder).resolve(), None):
+        lock.release()
+
+
 def check_recipe(folder: str | Path, recipe: dict[str, Any], *, resume: bool) -> None:
     """Begin a run in its work folder, without the checkpoints of an earlier one; or, when resumed, refuse one begun otherwise.
+
+    From here to the end of [`ICMTrainer.train`] no other process may work in the folder. Of a torchrun group the first process begins
+    for all.
 
     Args:
         folder (`str` or `Path`): Of the checkpoints.
@@ -63,26 +102,30 @@ def check_recipe(folder: str | Path, recipe: dict[str, Any], *, resume: bool) ->
         resume (`bool`): Whether checkpoints in `folder` are to be used.
 
     Raises:
-        `ValueError`: If the run in `folder` had another recipe, or left none that can be read; names what differs.
+        `ValueError`: If the run in `folder` had another recipe, or left none that can be read; names what differs. If another process
+            works there, or a checkpoint is a link that leads out of the folder.
+        `OSError`: If `folder` is a file.
     """
-    file = Path(folder) / RECIPE
-    if resume and file.parent.is_dir() and any(file.parent.glob("checkpoint-*")):
+    if int(os.environ.get("RANK", 0)):
+        return
+    root = make_folder(folder, "output_dir")
+    keep_others_out(root)
+    file = root / RECIPE
+    checkpoints = [inside(root, found.name) for found in root.iterdir() if re.fullmatch(r"checkpoint-\d+", found.name)]
+    if resume and checkpoints:
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read ({error}): it is not known how that run was begun; train without --resume.") from error
-        for part, values in recipe.items():
-            known = found.get(part) if isinstance(found, dict) else None
-            if known == values:
-                continue
-            what = "another collection"
-            if isinstance(values, dict) and isinstance(known, dict):
-                name = next(name for name in values if known.get(name) != values[name])
-                what = f"{name} was {known.get(name)!r:.60}, now {values[name]!r:.60}"
-            raise ValueError(f"{folder} holds checkpoints of another run ({what}): train without --resume, or into another folder.")
+        known = {part: found.get(part) for part in recipe} if isinstance(found, dict) else {}
+        if known.get("collection") != recipe["collection"]:
+            differs: str | None = "another collection"
+        else:
+            differs = difference(known, recipe)
+        if differs:
+            raise ValueError(f"{folder} holds checkpoints of another run ({differs}): train without --resume, or into another folder.")
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for checkpoint in file.parent.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)  # of a run that was given up: a later --resume must not find it
+    for checkpoint in checkpoints:  # of a run that was given up: a later --resume must not find it
+        shutil.rmtree(checkpoint) if checkpoint.is_dir() and not checkpoint.is_symlink() else checkpoint.unlink()
     with replacing_file(file) as temporary:
         temporary.write_text(json.dumps(recipe, indent=1), encoding="utf-8")

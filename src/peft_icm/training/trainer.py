@@ -7,8 +7,10 @@ its task, with a condition that is drawn anew - the mean of a random handful of 
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from transformers import (
 )
 
 from ..adapters.collection import AdapterCollection
+from ..collecting.folder import make_folder
 from ..conditioning import TaskEncoder
 from ..generator.configuration_icm import ICMConfig
 from ..generator.modeling_icm import ICMGenerator
@@ -32,6 +35,7 @@ from ..hub.cards import generator_card
 from ..hub.files import CARD, marked
 from .arguments import ICMTrainingArguments
 from .episodes import EpisodeDataset, EpisodeSampler, held_out_mask
+from .recipe import keep_others_out, let_others_in
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +60,23 @@ class RefreshContext(TrainerCallback):
         self.trainer.refresh_context()
 
 
+def _or_the_order_of_0_1_0(init: Callable[..., None]) -> Callable[..., None]:
+    """An `__init__` that takes collection, model, args, encoder in the order of 0.1.0 too, with a warning."""
+
+    @functools.wraps(init)
+    def either(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not (args and isinstance(args[0], AdapterCollection)):
+            return init(self, *args, **kwargs)
+        warnings.warn(
+            "ICMTrainer(collection, model, args) is deprecated, write ICMTrainer(model, args, collection=collection).",
+            FutureWarning,
+            stacklevel=2,
+        )
+        init(self, **dict(zip(("collection", "model", "args", "encoder"), args, strict=False)), **kwargs)
+
+    return either
+
+
 class ICMTrainer(Trainer):
     """Trains an [`ICMGenerator`] on an [`AdapterCollection`].
 
@@ -72,9 +93,11 @@ class ICMTrainer(Trainer):
         **kwargs: For transformers' `Trainer`.
 
     Raises:
-        `ValueError`: If the collection has no task vectors, or the model another layout.
+        `ValueError`: If the collection has no task vectors or holds a value that is not finite, or the model has another layout.
+        `OSError`: If `args.output_dir` is a file.
     """
 
+    @_or_the_order_of_0_1_0
     def __init__(
         self,
         model: ICMGenerator | ICMConfig | None = None,
@@ -83,17 +106,11 @@ class ICMTrainer(Trainer):
         encoder: TaskEncoder | None = None,
         **kwargs: Any,
     ):
-        if isinstance(model, AdapterCollection):  # the order of 0.1.0: collection, model, args
-            warnings.warn(
-                "ICMTrainer(collection, model, args) is deprecated, write ICMTrainer(model, args, collection=collection).",
-                FutureWarning,
-                stacklevel=2,
-            )
-            rest = (None, args) if isinstance(args, TrainingArguments) else (args, collection)
-            (model, args), collection = rest, model
         if collection is None:
             raise ValueError("ICMTrainer needs collection=, an AdapterCollection with task vectors.")
         args = args or ICMTrainingArguments()
+        make_folder(args.output_dir or ".", "output_dir")
+        collection.__post_init__()  # its checks: tensors may have been changed in place since it was made
         missing = [task for task in collection.tasks if task not in collection.task_vectors]
         if missing:
             raise ValueError(f"The collection has no task vectors for {missing[0]!r}: call collection.encode(encoder) first.")
@@ -204,8 +221,18 @@ class ICMTrainer(Trainer):
 
     # ------------------------------------------------------------------ the end
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, then note the facts of the training in the generator's config, for its card."""
-        output = super().train(*args, **kwargs)
+        """Train, then note the facts of the training in the generator's config, for its card.
+
+        Raises:
+            `ValueError`: If another process is training into the same `output_dir`.
+        """
+        if self.is_world_process_zero():
+            keep_others_out(self.args.output_dir or ".")
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            self._parts.clear()  # the steps since the last log are no part of the next run
+            let_others_in(self.args.output_dir or ".")
         metrics = self.evaluate() if self.eval_dataset is not None else {}
         self.generator.config.training = {
             "snapshots": len(self.train_dataset),  # type: ignore[arg-type]
