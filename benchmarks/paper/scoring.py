@@ -17,7 +17,7 @@ from transformers import AutoProcessor
 from peft_icm.adapters.attach import attach
 from peft_icm.adapters.base import load_base
 from peft_icm.adapters.layout import AdapterLayout
-from peft_icm.evaluation import DetectionEvaluation, Evaluation, Report
+from peft_icm.evaluation import DetectionEvaluation, Evaluation
 from peft_icm.tasks.annotated_images import AnnotatedImage
 from peft_icm.tasks.detection import DetectionTask, detect
 from peft_icm.tasks.language_modeling import LanguageModelingTask
@@ -113,13 +113,12 @@ class Scorer:
         return detect(self.model(vector), self.processor, images, batch_size=64, progress=False)
 
     def _score(self, task: Task, items: Sequence[Any], vector: Tensor | None) -> Score:
-        kind: type[Report[Any]]
+        model = self.model(vector)
         if isinstance(task, LanguageModelingTask):
-            kind, batch_size, part = Evaluation, 8, dataclasses.replace(task, test_texts=list(items))
-        else:
-            kind, batch_size, part = DetectionEvaluation, 64, dataclasses.replace(task, test_images=list(items))
-        score = kind.score(self.model(vector), self.processor, part, batch_size=batch_size)
-        return {**kind.numbers(score), "gain": kind.worth(score)}
+            part: Any = dataclasses.replace(task, test_texts=list(items))
+            return Evaluation.numbers(Evaluation.score(model, self.processor, part, batch_size=8))
+        part = dataclasses.replace(task, test_images=list(items))
+        return DetectionEvaluation.numbers(DetectionEvaluation.score(model, self.processor, part, batch_size=64))
 
 
 def test_items(task: Task, limit: int | None) -> Sequence[Any]:

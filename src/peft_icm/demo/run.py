@@ -78,21 +78,11 @@ def run_demo(output: str | Path, task: str = "text", *, full: bool = False, quie
         more = _find(generator, model, processor, tasks["sofa"], own["sofa"], folder.resolve() / "detections.png", say)
     chosen, where = (_all_tasks if full else _few_tasks)(task, tasks)
     say(f"\n{where}:\n")
-    row = None
     if not full:
         say(f"{'task':14}{'base':>9}{'own':>9}{'generated':>11}   from")
-        row = partial(_say_row, kind, say)
-    evaluation = kind.evaluate(
-        generator,
-        processor,
-        chosen,
-        own,
-        variants=VARIANTS if full and task == "text" else ("generated",),
-        seeds=SEEDS if full else SEEDS[:1],
-        progress=full,
-        each=row,
-        batch_size=BATCH[task],
-    )
+    variants, seeds = VARIANTS if full and task == "text" else VARIANTS[:1], SEEDS if full else SEEDS[:1]
+    options: dict[str, Any] = {"batch_size": BATCH[task], "progress": full, "each": None if full else partial(_say_row, kind, say)}
+    evaluation = kind.evaluate(generator, processor, chosen, own, variants=variants, seeds=seeds, **options)
     result = {**evaluation.to_dict(), "adapter": str(adapter), **more}
     evaluation.plot(folder / "demo.png")
     with replacing_file(folder / "demo.json") as file:

@@ -45,13 +45,8 @@ class DetectionEvaluation(Report[Precision]):
 
     @staticmethod
     def numbers(score: Precision) -> Precision:
-        """`map`, `map_50` and `map_75`."""
-        return score
-
-    @staticmethod
-    def worth(score: Precision) -> float:
-        """AP50."""
-        return score["map_50"]
+        """`map`, `map_50`, `map_75` and `gain`, which is AP50."""
+        return {**score, "gain": score["map_50"]}
 
     @staticmethod
     def to_json(score: Precision) -> dict[str, float | None]:

@@ -89,12 +89,7 @@ class Report(ABC, Generic[Score]):
     @staticmethod
     @abstractmethod
     def numbers(score: Score) -> dict[str, float]:
-        """What a score says, by name."""
-
-    @staticmethod
-    @abstractmethod
-    def worth(score: Score) -> float:
-        """What a score is worth; larger is better."""
+        """What a score says, by name; `gain` is what is better the larger it is."""
 
     @staticmethod
     @abstractmethod
@@ -115,8 +110,8 @@ class Report(ABC, Generic[Score]):
 
     def gain(self, task: str, column: str) -> float:
         """What a column is worth above the base of the task."""
-        row = self.scores[task]
-        return self.worth(row[column]) - self.worth(row["base"])
+        worth, base = (self.numbers(self.scores[task][name])["gain"] for name in (column, "base"))
+        return worth - base
 
     def task_share(self, task: str, variant: str) -> float | None:
         """The share of one task; see [`share_of`]."""

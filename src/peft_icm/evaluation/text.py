@@ -36,13 +36,9 @@ class Evaluation(Report[NLL]):
 
     @staticmethod
     def numbers(score: NLL) -> dict[str, float]:
-        """`nats` (per token), `ppl` and `bpc`."""
-        return {"nats": score.nats_per_token, "ppl": score.perplexity, "bpc": score.bits_per_character}
-
-    @staticmethod
-    def worth(score: NLL) -> float:
-        """Nats per token, the other way round."""
-        return -score.nats_per_token
+        """`nats` (per token), `ppl`, `bpc` and `gain`, which is -nats."""
+        nats = score.nats_per_token
+        return {"nats": nats, "ppl": score.perplexity, "bpc": score.bits_per_character, "gain": -nats}
 
     @staticmethod
     def to_json(score: NLL) -> float:
