@@ -23,6 +23,7 @@ from .base import SHARES, SharingLoraModel
 from .layout import AdapterLayout, same_function
 
 logger = logging.getLogger(__name__)
+PROVENANCE = "_peft_icm_provenance"
 ATTACHING = threading.RLock()  # a model may be met by many threads
 
 
@@ -47,7 +48,8 @@ def attach(
         state_dict (`Mapping[str, Tensor]`): Its tensors.
         adapter_name (`str`, defaults to `"default"`): Name of the adapter.
         is_trainable (`bool`, defaults to `False`): Leave the adapter in train mode with gradients.
-        provenance (`Mapping[str, Any]`, *optional*): What [`save_adapter`] writes into the card.
+        provenance (`Mapping[str, Any]`, *optional*): How the adapter was generated, which [`save_adapter`] writes into the card. The
+            values are kept with it, to tell later whether they still are those.
 
     Returns:
         `PeftModel`: The same object where `model` is a `PeftModel` already.
@@ -67,7 +69,8 @@ def attach(
             _swap(model, layout, state_dict, adapter_name, is_trainable)
         else:
             model = _add(model, layout, state_dict, adapter_name, is_trainable)
-        _provenance(model)[adapter_name] = dict(provenance or {})
+        # On the configuration, which goes when the adapter goes; peft saves its fields alone.
+        vars(model.peft_config[adapter_name])[PROVENANCE] = {**provenance, "vector": vector.cpu()} if provenance else {}
     return model
 
 
@@ -235,7 +238,3 @@ def _warn_of_shared_weights(base: PreTrainedModel, layout: AdapterLayout) -> Non
             " peft_icm.adapters.untie(model) before merge_and_unload or merge_adapter.",
             stacklevel=5,
         )
-
-
-def _provenance(model: PeftModel) -> dict[str, dict[str, Any]]:
-    return model.__dict__.setdefault("peft_icm_provenance", {})

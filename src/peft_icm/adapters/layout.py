@@ -252,6 +252,20 @@ class AdapterLayout:
         self._check(state_dict)
         return torch.cat([state_dict[key].detach().reshape(-1) for key in self.keys])
 
+    def sha256(self, state_dict: Mapping[str, Tensor]) -> str:
+        """Hex digest over the values of an adapter, bit by bit: whether it still is what it was.
+
+        Args:
+            state_dict (`Mapping[str, Tensor]`): Exactly the tensors of this layout.
+
+        Returns:
+            `str`
+
+        Raises:
+            `ValueError`: As [`~AdapterLayout.flatten`].
+        """
+        return hashlib.sha256(self.flatten(state_dict).cpu().view(torch.uint8).numpy().data).hexdigest()
+
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Cut a vector into the named tensors of an adapter; the inverse of [`~AdapterLayout.flatten`].
 

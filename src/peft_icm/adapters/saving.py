@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
+import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCard
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from ..disk import replacing_folder
-from ..hub.cards import FACTS, adapter_card
-from ..hub.files import CARD, copy_base, marked, published, push_folder
-from .attach import _provenance
+from ..hub.cards import CHANGED, FACTS, GENERATED, adapter_card
+from ..hub.files import CARD, copy_base, edited_by_hand, marked, published, push_folder
+from .attach import PROVENANCE
 from .layout import AdapterLayout
 
-logger = logging.getLogger(__name__)
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Of the weights that a card was written for, in its front matter.
+_SHA256 = re.compile(r"^ *sha256: ['\"]?([0-9a-f]{64})['\"]?\r?$", re.MULTILINE)
 
 
 def _check_name(model: PeftModel, adapter_name: str) -> None:
@@ -32,11 +36,12 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     """Save one adapter as an ordinary PEFT folder, with a card that says where it came from.
 
     Unlike `model.save_pretrained`, it never writes embedding layers of the base, puts the adapter into `folder` itself whatever its
-    name, writes to a temporary folder first, and adds generator, text and seed to the card.
+    name, writes to a temporary folder first, and adds generator, text and seed to the card, and whether the weights still are those
+    that were generated. A card that a person has edited is kept.
 
     Args:
         model (`PeftModel`): Carries the adapter.
-        folder (`str` or `Path`): Where to; files of the same names are replaced.
+        folder (`str` or `Path`): Where to; files of the same names are replaced, but for a card that was edited by hand.
         adapter_name (`str`, defaults to `"default"`): Which adapter.
 
     Returns:
@@ -50,15 +55,40 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     with tempfile.TemporaryDirectory() as temporary, replacing_folder(target) as new:
         model.save_pretrained(temporary, selected_adapters=[adapter_name], save_embedding_layers=False)
         source = Path(temporary) if adapter_name == "default" else Path(temporary) / adapter_name
-        layout = AdapterLayout.from_pretrained(source)
-        facts = _provenance(model).get(adapter_name, {})
-        if facts and not model.peft_config[adapter_name].inference_mode:
-            facts = {**facts, "trainable": True}
-        (source / CARD).write_text(marked(str(adapter_card(layout.to_dict(), **facts))), encoding="utf-8")
+        layout, sha256 = _weights(source)
+        facts = dict(vars(model.peft_config[adapter_name]).get(PROVENANCE, {}))
+        if facts:
+            facts["sha256"] = layout.sha256(layout.unflatten(facts.pop("vector")))  # a cast is no training
+        made, by_hand = adapter_card(layout.to_dict(), **_as_it_is(facts, sha256)), _card_by_hand(target / CARD, sha256)
+        (source / CARD).write_bytes(marked(str(made)).encode() if by_hand is None else by_hand)
         for file in sorted(source.iterdir()):
             if file.is_file():
                 shutil.copyfile(file, new / file.name)
     return target
+
+
+def _weights(folder: Path) -> tuple[AdapterLayout, str]:
+    layout = AdapterLayout.from_pretrained(folder)
+    return layout, layout.sha256(load_file(folder / WEIGHTS))
+
+
+def _as_it_is(facts: dict[str, Any], sha256: str) -> dict[str, Any]:
+    """The facts of how an adapter was generated, and that it is no longer that one if it is not."""
+    return {**facts, "changed": True} if facts.get("sha256", sha256) != sha256 else facts
+
+
+def _card_by_hand(card: Path, sha256: str) -> bytes | None:
+    """A card if a person has edited it; where it was written for other weights, without our own word that they were not trained."""
+    if not card.is_file():
+        return None
+    text = card.read_bytes().decode(errors="surrogateescape")
+    if not edited_by_hand(text):
+        return None
+    written_for = _SHA256.search(text)
+    if written_for and written_for.group(1) != sha256:
+        warnings.warn(f"{card} was edited by hand, and is kept, but it was written for other weights: look it through.", stacklevel=3)
+        text = text.replace(GENERATED, CHANGED)
+    return text.encode(errors="surrogateescape")
 
 
 def push_adapter(
@@ -102,47 +132,49 @@ def push_adapter(
         `ValueError`: If the model has no such adapter, or the folder holds none, or no safetensors base where one is to be pushed;
             nothing is on the Hub then.
     """
-    source = None if isinstance(adapter, PeftModel) else Path(adapter)
-    if source is not None and not source.is_dir():
-        raise ValueError(f"{source} is no folder: pass a PeftModel, or the folder where its adapter is saved.")
-
-    layout: dict[str, Any] = {}
-
-    def write(folder: Path) -> None:
+    if not isinstance(adapter, PeftModel) and not Path(adapter).is_dir():
+        raise ValueError(f"{adapter} is no folder: pass a PeftModel, or the folder where its adapter is saved.")
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary)
         if isinstance(adapter, PeftModel):
-            save_adapter(adapter, folder, adapter_name)
+            save_adapter(adapter, source, adapter_name)
+            layout, sha256 = _weights(source)
         else:
-            AdapterLayout.from_pretrained(Path(adapter))
-            for name in ("adapter_config.json", "adapter_model.safetensors"):
-                shutil.copyfile(Path(adapter) / name, folder / name)
-        layout.update(AdapterLayout.from_pretrained(folder).to_dict())
-        file = folder / "adapter_config.json"
-        config = json.loads(file.read_text(encoding="utf-8"))
-        base = config.get("base_model_name_or_path")
-        if with_base_model:
-            if not os.path.isdir(base or ""):
-                raise ValueError(f"with_base_model=True is for a base that is a local folder, this one is {base!r}: push without.")
-            copy_base(base, folder, "")
-            config |= {"base_model_name_or_path": repo_id, "revision": revision}
-        file.write_text(json.dumps(published(config), indent=2, sort_keys=True), encoding="utf-8")
+            layout, sha256 = _weights(Path(adapter))
+            for name in (CONFIG, WEIGHTS, CARD):
+                if (Path(adapter) / name).is_file():
+                    shutil.copyfile(Path(adapter) / name, source / name)
+            if (by_hand := _card_by_hand(Path(adapter) / CARD, sha256)) is not None:
+                (source / CARD).write_bytes(by_hand)
 
-    def card(folder: Path) -> ModelCard:
-        saved = (folder if source is None else source) / CARD
-        found = ModelCard.load(saved, ignore_metadata_errors=True).data.get("icm") if saved.is_file() else None
-        facts = {name: value for name, value in found.items() if name in FACTS} if isinstance(found, dict) else {}
-        return adapter_card(layout, repo_id=repo_id, with_base=with_base_model, **facts)
+        def write(folder: Path) -> None:
+            shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
+            config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+            base = config.get("base_model_name_or_path")
+            if with_base_model:
+                if not os.path.isdir(base or ""):
+                    raise ValueError(f"with_base_model=True is for a base that is a local folder, this one is {base!r}: push without.")
+                copy_base(base, folder, "")
+                config |= {"base_model_name_or_path": repo_id, "revision": revision}
+            (folder / CONFIG).write_text(json.dumps(published(config), indent=2, sort_keys=True), encoding="utf-8")
 
-    return push_folder(
-        write,
-        repo_id,
-        card=card,
-        source=source,
-        commit_message=commit_message,
-        commit_description=commit_description,
-        tags=tags,
-        private=private,
-        token=token,
-        revision=revision,
-        create_pr=create_pr,
-        overwrite_card=overwrite_card,
-    )
+        def card(folder: Path) -> ModelCard:
+            saved = source / CARD
+            found = ModelCard.load(saved, ignore_metadata_errors=True).data.get("icm") if saved.is_file() else None
+            facts = {name: value for name, value in found.items() if name in FACTS} if isinstance(found, dict) else {}
+            return adapter_card(layout.to_dict(), repo_id=repo_id, with_base=with_base_model, **_as_it_is(facts, sha256))
+
+        return push_folder(
+            write,
+            repo_id,
+            card=card,
+            source=source,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            tags=tags,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            overwrite_card=overwrite_card,
+        )
