@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.paper.results import markdown  # noqa: E402
 
+PACKAGES = ("torch", "transformers", "peft", "diffusers")
 BLOCK = re.compile(r"(<!-- table ([^|>]+?)((?: \| [^|>]+?)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -31,8 +32,9 @@ def fill(text: str, root: Path) -> str:
         if unknown := [name for name in columns if name not in document["columns"]]:
             raise ValueError(f"{match[2]} has no column {unknown[0]!r}: choose from {', '.join(document['columns'])}.")
         run = document["run"]
-        versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "transformers", "peft", "diffusers"))
-        source = f"`{match[2]}`: `{run['command']}`, seeds {run['seeds']}, {run['date']}, {run['machine']}, {versions}."
+        versions = [f"{name} {run['versions'][name]}" for name in PACKAGES if name in run["versions"]]
+        seeds = [f"seeds {run['seeds']}"] if "seeds" in run else []
+        source = f"`{match[2]}`: " + ", ".join([f"`{run['command']}`", *seeds, run["date"], run["machine"], *versions]) + "."
         return f"{match[1]}{markdown({**document, 'columns': columns})}\n\n{source}\n{match[4]}"
 
     return BLOCK.sub(table, text)

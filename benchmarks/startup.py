@@ -3,12 +3,11 @@
     python benchmarks/startup.py [--runs 3] [--note TEXT]
 
 Every command runs in a process of its own, one after another in each round, so that a busy machine slows all alike; medians of the rounds.
-Prints a table and writes benchmarks/startup.json.
+Prints a table and writes benchmarks/startup.json, from which benchmarks/results_tables.py writes the one in docs/results.md.
 """
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import re
@@ -19,6 +18,9 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.paper.results import Table, write_json
 
 IMPORT = [sys.executable, "-c", "import torch, transformers, peft"]
 CLI = [sys.executable, "-m", "peft_icm.cli"]
@@ -72,24 +74,18 @@ def main() -> None:
                 taken.setdefault(mark, []).append(at)
     medians = {name: statistics.median(times) for name, times in taken.items()}
     base = medians["import"]
-    rows = [
-        {"command": name, "seconds": round(medians[name], 2), "ratio": round(medians[name] / base, 3), "wanted": wanted}
-        for name, (_, wanted) in COMMANDS.items()
-    ]
-    print(f"import torch, transformers, peft: {base:.2f} s, median of {args.runs}\n")
-    print(f"{'command':24}{'seconds':>9}{'ratio':>8}{'wanted':>9}")
-    for row in rows:
-        print(f"{row['command']:24}{row['seconds']:9.2f}{row['ratio']:8.2f}{'<= ' + str(row['wanted']):>9}")
-    result = {
+    rows = {"`import torch, transformers, peft`": {"seconds": [base], "ratio": [1.0]}}
+    for name, (_, wanted) in COMMANDS.items():
+        rows[name] = {"seconds": [medians[name]], "ratio": [medians[name] / base], "wanted": f"<= {wanted}"}
+    table = Table("startup", "Start of the command line", ["seconds", "ratio", "wanted"], rows)
+    print(table.markdown())
+    run = {
+        "command": f"python benchmarks/startup.py --runs {args.runs}",
         "date": datetime.date.today().isoformat(),
-        "machine": {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "load": os.getloadavg()[0]},
-        "versions": {name: version(name) for name in ("peft-icm", "torch", "transformers", "peft")} | {"python": platform.python_version()},
-        "runs": args.runs,
-        "note": args.note,
-        "import_seconds": round(base, 2),
-        "rows": rows,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}{args.note and f' ({args.note})'}",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
-    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(Path(__file__).with_suffix(".json"), {**table.to_dict(), "run": run})
 
 
 if __name__ == "__main__":

@@ -29,6 +29,19 @@ def test_a_stale_table_is_written_anew_and_then_stays(root):
     assert results_tables.fill(filled, root) == filled
 
 
+def test_the_source_of_a_table_says_what_the_run_had(root):
+    block = "<!-- table table1.json -->\n<!-- end -->"
+    assert "`table1.json`: `peft-icm reproduce`, seeds [0], 2026-11-24, m, torch 1.0, transformers 1.0, peft 1.0, diffusers 1.0.\n" in (
+        results_tables.fill(block, root)
+    )
+    document = json.loads((root / "table1.json").read_text())
+    del document["run"]["seeds"], document["run"]["versions"]["diffusers"]
+    (root / "table1.json").write_text(json.dumps(document))
+    assert "`table1.json`: `peft-icm reproduce`, 2026-11-24, m, torch 1.0, transformers 1.0, peft 1.0.\n" in results_tables.fill(
+        block, root
+    )
+
+
 def test_a_column_that_is_not_there(root):
     with pytest.raises(ValueError, match="table1.json has no column 'cow': choose from dog, cat"):
         results_tables.fill("<!-- table table1.json | cow -->\n<!-- end -->", root)
