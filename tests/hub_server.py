@@ -48,7 +48,8 @@ class Hub:
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.cut: str | None = None  # downloads of this file break off half-way
-        self.trouble: dict[str, tuple[int, str]] = {}  # beginning of a path -> status and error code of every answer under it
+        # Beginning of a path -> what answers every question under it: status and error code, a page of a proxy, or nothing at all.
+        self.trouble: dict[str, tuple[int, str] | bytes | threading.Event] = {}
         self.pull_requests = 0
         hub = self
 
@@ -86,7 +87,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def in_trouble(self, path: str) -> bool:
         answer = next((answer for start, answer in self.state.trouble.items() if path.startswith(start)), None)
-        if answer:
+        if isinstance(answer, threading.Event):
+            answer.wait()
+            self.close_connection = True
+        elif isinstance(answer, bytes):
+            self.answer(body=answer, headers={"Content-Type": "text/html"})
+        elif answer:
             self.fail(*answer)
         return answer is not None
 
@@ -153,6 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         """An upload of one LFS object."""
         content = self.body()
+        if self.in_trouble(self.path):
+            return
         oid = self.path.rsplit("/", 1)[-1]
         assert hashlib.sha256(content).hexdigest() == oid
         self.state.objects[oid] = content

@@ -10,24 +10,24 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from json import JSONDecodeError
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, constants, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
-    RepositoryNotFoundError,
+    OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from ..disk import safe_name
+from .reasons import what_it_answered, why_not_read
 
 BASE_FOLDER = "base_model"
 CARD = "README.md"
@@ -40,12 +40,6 @@ _BASE_FILES = (
     "preprocessor_config.json", "processor_config.json", "image_processor_config.json", "video_preprocessor_config.json",
     "chat_template*", "README.md", "LICENSE*",
 )  # fmt: skip
-_ANSWERS = {
-    401: "the access token is missing or wrong: pass token=, or log in with `hf auth login`",
-    403: "this access token has no right to it",
-    404: "there is no such file",
-    429: "too many requests: wait a while, or pass token=",
-}
 
 
 # ---------------------------------------------------------------------- pull
@@ -80,53 +74,36 @@ def resolve(
     if os.path.isdir(name):
         return Path(name)
     repo_id, patterns = str(name), list(allow_patterns) if allow_patterns else None
+    cache = str(cache_dir or constants.HF_HUB_CACHE)
+    silence: Exception | None = None
     try:
+        if not local_files_only:
+            try:  # snapshot_download asks the same, and would wait for ever for a Hub that takes the question and says nothing
+                timeout, branch = constants.HF_HUB_ETAG_TIMEOUT, revision or constants.DEFAULT_REVISION
+                HfApi(token=token).repo_info(repo_id, repo_type=repo_type, revision=branch, timeout=timeout)
+            except RevisionNotFoundError:
+                raise
+            except (HTTPError, OfflineModeIsEnabled) as error:  # what is in the cache will do
+                silence = error
         path = Path(
             snapshot_download(
                 repo_id,
                 repo_type=repo_type,
                 revision=revision,
                 token=token,
-                cache_dir=Path(cache_dir) if cache_dir else None,
-                local_files_only=local_files_only,
+                cache_dir=cache,
+                local_files_only=local_files_only or silence is not None,
                 allow_patterns=patterns,
             )
         )
         there = [file.relative_to(path).as_posix() for file in path.rglob("*")]
         if patterns and not any(filter_repo_objects(there, allow_patterns=patterns)):
-            # huggingface_hub takes a folder of its cache for the whole repo where the Hub's list of files cannot be had: ask why.
-            if not local_files_only:
-                HfApi(token=token).list_repo_files(repo_id, revision=revision, repo_type=repo_type)
-            raise EntryNotFoundError(f"no file {' or '.join(patterns)}")
-    except (OSError, HTTPError, HFValidationError, EntryNotFoundError) as error:
-        raise OSError(_reason(error, repo_id, revision, repo_type)) from error
+            raise silence or EntryNotFoundError(f"no file {' or '.join(patterns)}")
+    except (OSError, HTTPError, ValueError, EntryNotFoundError) as error:
+        reason = silence if silence and isinstance(error, LocalEntryNotFoundError) else error
+        line = why_not_read(reason, cache, name=repo_id, repo_type=repo_type, revision=revision)
+        raise OSError(line) from error
     return path
-
-
-def _reason(error: BaseException, name: str, revision: str | None, repo_type: str) -> str:
-    """Why a repo could not be read, in one line."""
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HTTPError):
-        error = error.__cause__
-    match error:
-        case HFValidationError():
-            return f"{name!r} is neither an existing folder nor the id of a Hub repo ('org/name')."
-        case RevisionNotFoundError():
-            return f"{name} has no revision {revision!r}: pass a branch, a tag or a commit that exists."
-        case GatedRepoError():
-            return f"{name} is gated: ask for access on its page of the Hub, and pass the token= of an account that has it."
-        case RepositoryNotFoundError():
-            return f"{name} is neither a folder nor a {repo_type} repo that you may read: check the spelling, or pass token=."
-        case LocalEntryNotFoundError():
-            return f"{name} is not in the local cache, or not whole, and the Hub was not asked or did not answer: check the connection."
-        case HfHubHTTPError():
-            status = error.response.status_code
-            answer = _ANSWERS.get(status, "try again later" if status >= 500 else " ".join(str(error).split()))
-            return f"{name} could not be read, the Hub answered {status}: {answer}."
-        case HTTPError():
-            return f"{name} could not be read, the Hub did not answer ({type(error).__name__}): check the connection."
-        case EntryNotFoundError():
-            return f"{name} has {error}: is it what was meant?"
-    return f"{name} could not be downloaded: {' '.join(str(error).split())}"
 
 
 # ---------------------------------------------------------------------- push
@@ -170,9 +147,9 @@ def push_folder(
 
     Raises:
         `ValueError`: If a file names a folder of this machine, or `repo_id` cannot be one. Nothing is on the Hub then.
-        `huggingface_hub.errors.HfHubHTTPError`: If the Hub refuses: no token, no right to write, a failed upload. Nothing is committed
-            then.
-        `OSError`: If the Hub does not answer.
+        `huggingface_hub.errors.HfHubHTTPError`: One line: the Hub refuses (no token, no right to write, a failed upload). Nothing is
+            committed then.
+        `OSError`: One line: the Hub does not answer.
     """
     validate_repo_id(repo_id)
     api = HfApi(token=token)
@@ -200,10 +177,13 @@ def push_folder(
                 revision=revision,
                 create_pr=create_pr,
             )
-        except HTTPError as error:
-            if isinstance(error, OSError):
+        except (HTTPError, JSONDecodeError, RuntimeError) as error:
+            # Where a file is not taken, huggingface_hub raises a RuntimeError from what the Hub answered.
+            answer = error.__cause__ if isinstance(error, RuntimeError) else error
+            if not isinstance(answer, HTTPError | JSONDecodeError):
                 raise
-            raise OSError(f"{repo_id} was not pushed, the Hub did not answer ({type(error).__name__}): check the connection.") from error
+            line = f"{repo_id} was not pushed, {what_it_answered(answer)}"
+            raise (type(answer)(line, response=answer.response) if isinstance(answer, HfHubHTTPError) else OSError(line)) from error
 
 
 def _edited_on_the_hub(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> bool:
