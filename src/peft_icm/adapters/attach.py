@@ -1,4 +1,4 @@
-"""Vector -> PeftModel: load the base, attach an adapter, swap its values, save it."""
+"""Tensors -> PeftModel: an adapter is added to a base or a PeftModel, or its values are swapped."""
 
 from __future__ import annotations
 

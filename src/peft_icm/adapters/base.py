@@ -1,14 +1,17 @@
-"""Vector -> PeftModel: load the base, attach an adapter, swap its values, save it."""
+"""The base model of an adapter: loaded, on memory that others read too, untied."""
 
 from __future__ import annotations
 
 import copy
 import itertools
+import os
+import struct
 from typing import Any, TypeVar
 
 import transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -27,6 +30,8 @@ _BY_MODEL_TYPE: tuple[Any, ...] = (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
+# What says where a base's config is.
+_WHERE = ("token", "cache_dir", "local_files_only", "subfolder", "gguf_file")
 SHARES = "_shares_tensors"  # set on a model whose tensors another one reads
 Model = TypeVar("Model", PreTrainedModel, PeftModel)
 
@@ -38,30 +43,37 @@ def load_base(layout: AdapterLayout, name: str, revision: str | None, **base_mod
         layout (`AdapterLayout`): Names the model class.
         name (`str`): Hub id or folder of the base.
         revision (`str`, *optional*): Its revision.
-        **base_model_kwargs: For the class's `from_pretrained` (`dtype`, `device_map`, `quantization_config`, ...).
+        **base_model_kwargs: For the class's `from_pretrained` (`dtype`, `device_map`, `quantization_config`, `subfolder`, ...). Weights are
+            safetensors, or with `gguf_file` those of a GGUF file, which holds no code either.
 
     Returns:
         `PreTrainedModel`: In eval mode.
 
     Raises:
-        `ValueError`: If transformers has no such class.
+        `OSError`: One line: it can't be found or read, or a package that it needs is missing.
+        `ValueError`: One line: transformers has no such class, or its files are corrupted or don't fit each other.
     """
     if base_model_kwargs.get("trust_remote_code"):
         raise ValueError("trust_remote_code=True: code of a base is never run, load the model yourself and pass it as base_model.")
+    if os.path.isfile(name):
+        raise ValueError(
+            f"The base model {name} is a file: pass its folder, and for a GGUF file base_model_kwargs={{'gguf_file': its name}}."
+        )
     revision = revision or "main"
-    hub = {key: base_model_kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in base_model_kwargs}
+    where = {key: base_model_kwargs[key] for key in _WHERE if key in base_model_kwargs}
     wanted = layout.base_model_class
-    # Where the adapter does not say, the base's own config does.
-    own = (
-        base_class(transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **hub))
-        if wanted is None
-        else None
-    )
-    kind: Any = own or _known_class(str(wanted))
     try:
+        # Where the adapter does not say, the base's own config does.
+        kind: Any = (
+            base_class(transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **where))
+            if wanted is None
+            else _known_class(wanted)
+        )
         return kind.from_pretrained(name, **{**base_model_kwargs, "revision": revision, "use_safetensors": True}).eval()
-    except OSError as error:
+    except (OSError, ImportError) as error:
         raise OSError(f"The base model {name}: {' '.join(str(error).split())}") from error
+    except (ValueError, RuntimeError, SafetensorError, struct.error) as error:
+        raise ValueError(f"The base model {name}: {' '.join(str(error).split())}") from error
 
 
 def base_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

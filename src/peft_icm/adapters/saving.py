@@ -1,4 +1,4 @@
-"""Vector -> PeftModel: load the base, attach an adapter, swap its values, save it."""
+"""PeftModel -> folder and Hub: one adapter, with a card that is true of it."""
 
 from __future__ import annotations
 
