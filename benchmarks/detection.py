@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/detection.py --build build
 
 Writes detection.json (AP of base, own LoRA and generated adapters from text, pictures, both, unseen phrasings, another task's sentence and
-gibberish), detection.png (what each gains over the base), detection_matrix.png (adapter x class), task_vectors.png and
-detections.png beside this file.
+gibberish), detection.png (what each gains over the base), task_vectors.png and detections.png beside this file, and
+docs/detection_matrix.png (adapter x class).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main() -> None:
     plot_task_vectors(five, HERE / "hidden_states.png", title="Last decoder states of the unadapted Florence-2 on objects of five classes")
 
     matrix = cross_detection(generator, processor, tasks, scenes[:MATRIX_SCENES], batch_size=64)
-    plot_matrix(matrix, HERE / "detection_matrix.png")
+    plot_matrix(matrix, HERE.parent / "docs" / "detection_matrix.png")
     print(f"{'adapter x class':16}" + "".join(f"{name[:7]:>8}" for name in matrix))
     print("\n".join(f"{name:16}" + "".join(f"{value:8.2f}" for value in row.values()) for name, row in matrix.items()), flush=True)
     sheet(generator, processor, tasks, own, scenes)
