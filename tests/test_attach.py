@@ -10,7 +10,15 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from tiny import CONDITION_DIM, filled, generator, llama, llama_layout
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from peft_icm import AdapterCollection, AdapterLayout
 from peft_icm.adapters import attach
@@ -42,6 +50,12 @@ def seeded(build, *args, **kwargs):
 
 def gpt2():
     return seeded(GPT2LMHeadModel, GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64, n_positions=64))
+
+
+def experts():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Qwen3MoeConfig(**sizes, head_dim=8, vocab_size=64, num_experts=3, num_experts_per_tok=1, moe_intermediate_size=8)
+    return seeded(Qwen3MoeForCausalLM, config)
 
 
 def saved_lora(base, folder, changes=None, **config):
@@ -89,6 +103,7 @@ KINDS = {
     },
     "transformers' Conv1D": (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True}, {}, TOKENS),
     "embedding": (lambda: seeded(llama), {"target_modules": ["embed_tokens", "q_proj"]}, {}, TOKENS),
+    "attention of a mixture of experts": (experts, {"target_modules": ["q_proj", "v_proj"]}, {}, TOKENS),
     "a regex with an end": (lambda: seeded(llama), {"target_modules": r".*\.(q|v)_proj"}, {}, TOKENS),
     "a regex without one": (lambda: seeded(llama), {"target_modules": r".*(q|v)_proj.*"}, {}, TOKENS),
     "a regex of one layer": (lambda: seeded(llama), {"target_modules": r"model\.layers\.1\..*_proj"}, {}, TOKENS),
@@ -322,6 +337,31 @@ def test_what_is_no_base_is_named_and_not_printed(make):
         with pytest.raises(ValueError, match=rf"base.model is a {re.escape(type(base).__name__)}, must be") as caught:
             call()
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+        {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},
+        {"target_modules": ["q_proj", "gate"]},
+        {"target_modules": "all-linear"},
+    ],
+    ids=["said", "experts by name", "router by name", "all-linear"],
+)
+def test_loras_on_experts_are_refused_before_anything_is_made_of_them(config, tmp_path):
+    model = get_peft_model(experts(), LoraConfig(r=4, task_type="CAUSAL_LM", **config))
+    model.save_pretrained(tmp_path)
+    advice = r"^.*target_parameters=\[.*of a mixture of experts .* not supported\. Train it again .*target_modules=\['q_proj', 'v_proj'\]"
+    for read in (
+        lambda: AdapterLayout.from_peft_model(model),
+        lambda: AdapterLayout.from_pretrained(tmp_path),
+        lambda: AdapterCollection.from_adapters([tmp_path], ["x"]),
+        lambda: push_adapter(tmp_path, "me/lora"),
+    ):
+        with pytest.raises(ValueError, match=advice) as caught:
+            read()
+        assert "\n" not in str(caught.value)
 
 
 READERS = {

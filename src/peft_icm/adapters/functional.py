@@ -108,6 +108,11 @@ def check_fields(values: Mapping[str, Any]) -> None:
     known = SCALE | REFUSED | INITIALISATION | TRAINING | NAMING | ABOUT
     for name, value in values.items():
         off = value is None or value is False or value in ("none", [], {})
+        if name == "target_parameters" and not off:  # peft's own name for what it makes of all-linear, or of gate, up and down_proj
+            raise ValueError(
+                f"target_parameters={_short(value)}: LoRAs on the experts or the router of a mixture of experts are not supported. Train it"
+                " again on modules outside of them, as target_modules=['q_proj', 'v_proj'] are."
+            )
         if name in REFUSED and not off:
             raise ValueError(
                 f"{name}={_short(value)}: this changes what the adapter computes beyond s BA, or which tensors it has;"
