@@ -12,6 +12,7 @@ from peft_icm import ICMGenerator, bundled_generator, save_adapter
 from peft_icm.bundled import bundled_folder
 from peft_icm.tasks.language_modeling import load_tasks, nll
 
+torch.manual_seed(0)  # adapters are drawn: the same ones in each run
 BASE = str(bundled_folder("text") / "generator" / "base_model")
 generator = ICMGenerator.from_pretrained(bundled_generator("text"))
 tokenizer = AutoTokenizer.from_pretrained(BASE)
@@ -35,11 +36,12 @@ with tempfile.TemporaryDirectory() as folder:
     # 3. Trainer goes on from the generated adapter. Before: model = get_peft_model(base, LoraConfig(...))
     model = generator.generate_adapter("the King James Bible", AutoModelForCausalLM.from_pretrained(BASE), is_trainable=True)
     train, test = task.test_texts[:-1], task.test_texts[-1:]
-    before = nll(model, tokenizer, test)[0].perplexity
+    base, before = (nll(each, tokenizer, test)[0].perplexity for each in (AutoModelForCausalLM.from_pretrained(BASE), model))
     task.train_texts = train
     args = TrainingArguments(folder, num_train_epochs=1, learning_rate=5e-4, report_to=[], save_strategy="no", use_cpu=True)
     Trainer(model, args, train_dataset=task.train_dataset(tokenizer, block_size=64)).train()
-    print(f"Trainer: perplexity of a held-out passage {before:.2f} -> {nll(model, tokenizer, test)[0].perplexity:.2f}")
+    after = nll(model, tokenizer, test)[0].perplexity
+    print(f"Trainer: perplexity of a held-out passage: base {base:.2f}, generated {before:.2f}, trained on {after:.2f}")
 
 # 4. merge_and_unload: a plain LlamaForCausalLM
 merged = model.eval().merge_and_unload()

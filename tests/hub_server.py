@@ -88,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
     def in_trouble(self, path: str) -> bool:
         answer = next((answer for start, answer in self.state.trouble.items() if path.startswith(start)), None)
         if isinstance(answer, threading.Event):
-            answer.wait()
+            answer.wait(20)  # whoever has no patience of its own is cut off then
             self.close_connection = True
         elif isinstance(answer, bytes):
             self.answer(body=answer, headers={"Content-Type": "text/html"})
