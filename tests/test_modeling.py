@@ -44,13 +44,28 @@ def test_the_published_loss_is_the_squared_error_plus_a_small_kl():
 
 def test_padding_of_the_convolutions_never_enters_the_loss():
     model = generator(architecture="paper")
-    network = model.network
-    assert network.padded > model.layout.numel + CONDITION_DIM
-    whole = []
-    network.output.register_forward_hook(lambda module, inputs, output: output.retain_grad() or whole.append(output))
-    model(*batch(model)).loss.backward()
-    assert whole[0].shape[-1] == network.padded
-    assert whole[0].grad[..., : model.layout.numel].any() and not whole[0].grad[..., model.layout.numel :].any()
+    parameters, condition = batch(model)
+    size = model.layout.numel
+    assert model.network.padded > size + CONDITION_DIM
+
+    def losses(*places):
+        """The losses when the network puts other numbers in these places of its output."""
+
+        def change(module, inputs, output):
+            assert output.shape[-1] == model.network.padded
+            for place in places:
+                output[..., place] += 3.0
+            return output
+
+        hook = model.network.output.register_forward_hook(change)
+        torch.manual_seed(0)  # of z
+        with torch.no_grad():
+            output = model(parameters, condition)
+        hook.remove()
+        return [output.loss.item(), output.reconstruction_loss.item(), *output.squared_error.tolist()]
+
+    assert losses(slice(size, None)) == losses() == losses(-1)
+    assert all(changed != loss for place in (0, size - 1) for changed, loss in zip(losses(place), losses(), strict=True))
 
 
 @pytest.mark.parametrize("layers", [10, 11, 12, 13, 20])

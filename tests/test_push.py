@@ -296,10 +296,20 @@ class TestCardsTellTheTruth:
         push_adapter(adapter, REPO, token=token)
         assert "enerated" not in text_of(hub) and ModelCard(text_of(hub)).data.get("icm") is None
 
-    @pytest.mark.parametrize("targets", [["q_proj"], {"q_proj"}, ("q_proj",), "q_proj", None, 7])
-    def test_targets_of_any_type(self, targets):
-        text = adapter_card({"peft_config": {"r": 2, "target_modules": targets}}).text
-        assert ("`q_proj`" in text) == bool(targets and targets != 7) and "None" not in text
+    @pytest.mark.parametrize("known", [{}, {"r": 2}, {"lora_alpha": 4}, {"r": 2, "lora_alpha": 4}])
+    @pytest.mark.parametrize(
+        ("targets", "told"),
+        [
+            *((targets, ["on `q_proj`"]) for targets in (["q_proj"], {"q_proj"}, ("q_proj",), "q_proj")),
+            (["v_proj", "q_proj"], ["on `q_proj`, `v_proj`"]),
+            ("a|b", ["on `a\\|b`"]),
+            *((targets, []) for targets in (None, 7, [])),
+        ],
+    )
+    def test_what_is_known_of_the_lora_and_nothing_else(self, known, targets, told):
+        text = adapter_card({"peft_config": {**known, "target_modules": targets}}).text
+        row = ", ".join([f"{name.removeprefix('lora_')} = {value}" for name, value in known.items()] + told)
+        assert f"\n| LoRA | {row} |\n" in text and "None" not in text
 
     @pytest.mark.parametrize("missing", list(llama_layout().to_dict()))
     def test_no_field_is_needed(self, tmp_path, missing):
