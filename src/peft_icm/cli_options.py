@@ -50,6 +50,7 @@ def collect_options(p: argparse.ArgumentParser) -> None:
 
 def train_options(p: argparse.ArgumentParser) -> None:
     """Options of `peft-icm train`; imports torch for the defaults."""
+    from .generator.condition_space import SPACES
     from .generator.configuration_icm import ARCHITECTURES, ICMConfig
     from .training.arguments import ICMTrainingArguments
 
@@ -67,11 +68,13 @@ def train_options(p: argparse.ArgumentParser) -> None:
     own("--num-components", "num_components", "dimensions of the principal subspace; by default from the tasks and P", type=int)
     own("--num-conv-layers", "num_conv_layers", "convolutions of the paper's architecture")
     own("--kl-weight", "kl_weight", "weight of the KL term")
+    own("--condition-space", "condition_space", "how task vectors are projected; by default lda", type=str, choices=SPACES)
     p.add_argument("--no-context", action="store_true", help="no attention over the pairs of other tasks")
     own = _fields(p, ICMTrainingArguments)
     own("--epochs", "num_train_epochs", "epochs", type=float)
     own("--batch-size", "per_device_train_batch_size", "snapshots in a batch")
     own("--learning-rate", "learning_rate", "peak learning rate")
+    own("--phrasings", "phrasings", "sentences that each task should have; one with fewer gets phrasings of those it has; 0 for none")
     p.add_argument("--seed", type=int, default=0, help="seed of weights and episodes")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT.work")
 
@@ -94,18 +97,35 @@ def chosen(args: argparse.Namespace, source: type) -> dict[str, Any]:
     return {name: getattr(args, name) for name in args.fields[source]}
 
 
-def generate_options(p: argparse.ArgumentParser) -> None:
-    """Options of `peft-icm generate`."""
+def _request_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("generator", help="Hub id or folder of a generator; bundled:text and bundled:detection are the bundled ones")
     p.add_argument("text", nargs="?", help="what the adapter is for")
-    p.add_argument("-o", "--output", required=True, help="folder of the adapter")
     p.add_argument("--example", action="append", help="an example of the task instead of a text; may be repeated")
     p.add_argument("--image", metavar="FILE", action="append", help="a picture of the task, alone or beside a text; may be repeated")
+    p.add_argument("--revision", help="revision of the generator's repo")
+    p.add_argument("--token", help="access token; by default the stored one")
+
+
+def read_options(p: argparse.ArgumentParser) -> None:
+    """Options of `peft-icm read`."""
+    _request_options(p)
+    p.add_argument("--top", type=int, default=10, help="tasks that are shown")
+
+
+def generate_options(p: argparse.ArgumentParser) -> None:
+    """Options of `peft-icm generate`."""
+    _request_options(p)
+    p.add_argument("-o", "--output", required=True, help="folder of the adapter")
+    p.add_argument(
+        "--on-unknown",
+        choices=("warn", "shrink", "base", "raise"),
+        default="warn",
+        help="of a request that is none of its tasks: warn, shrink the adapter by what the reading is worth, leave the base, or refuse",
+    )
+    p.add_argument("--strength", type=float, default=1.0, help="factor on dW: 0 is the base")
     p.add_argument("--base-model", help="Hub id or folder of the base; by default the generator's own")
     p.add_argument("--seed", type=int, default=0, help="seed of z")
     p.add_argument("--temperature", type=float, default=1.0, help="standard deviation of z")
-    p.add_argument("--revision", help="revision of the generator's repo")
-    p.add_argument("--token", help="access token; by default the stored one")
 
 
 def evaluate_options(p: argparse.ArgumentParser) -> None:
@@ -115,6 +135,11 @@ def evaluate_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--collection", required=True, help="collection whose last snapshots are the own LoRAs")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of z")
     p.add_argument("--batch-size", type=int, default=16, help="windows or pictures in a forward pass")
+    p.add_argument(
+        "--requests",
+        metavar="FILE",
+        help='score these sentences instead: JSON of the form {"known": {"task": ["a sentence"]}, "unknown": ["a sentence"]}',
+    )
     p.add_argument("-o", "--output", help="JSON file of the report; a plot is drawn beside it")
 
 

@@ -13,30 +13,32 @@ from typing import Any, ClassVar, Unpack
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..disk import replacing_folder
+from ..disk import inside, replacing_folder
 from ..hub.files import resolve
-from .base import HubOptions, TaskEncoder, loading
-from .clip_config import check_clip_config, read_clip_config
+from .base import HubOptions, TaskEncoder, load_config, loading
+from .clip_config import TEXT_FOLDER, check_clip_config, read_clip_config
 from .hashes import config_sha256, processor_parts, weights_sha256
 
 MERGES = "bpe_merges.txt.gz"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 CONFIG = "open_clip_config.json"
 HUB = "hf-hub:"
+TEXT_MODELS = ("bert", "roberta", "xlm-roberta")  # text towers of transformers that open_clip knows and that are encoders alone
 MAX_MERGES = 16 << 20  # bytes, unpacked; open_clip's own file has 3 million
 
 
 class ClipEncoder(TaskEncoder):
     """Text and pictures in the space that CLIP's two towers share.
 
-    Of a text it is the EOT token's state in the last layer, the paper's task vector (section 4.1), projected; of a picture the projected
-    embedding.
+    Of a text it is the EOT token's state in the last layer, the paper's task vector (section 4.1), projected, or what a text tower of
+    transformers pools; of a picture the projected embedding.
 
     Args:
         model (`open_clip.CLIP`): With its two towers, and how its pictures are prepared.
@@ -94,7 +96,8 @@ class ClipEncoder(TaskEncoder):
 
         Args:
             checkpoint (`str`): A model name of open_clip (`"ViT-L-14"`), `"hf-hub:org/repo"`, or a folder with
-                `open_clip_config.json` and `open_clip_model.safetensors`.
+                `open_clip_config.json` and `open_clip_model.safetensors`, and with config and tokenizer of a text tower of transformers in
+                `text/`.
             pretrained (`str`, *optional*): open_clip's tag (`"openai"`) or a file of weights in safetensors; needed for model names.
             revision (`str`, *optional*): Of the Hub repo.
             projected (`bool`, defaults to `True`): Nothing else is read; encoders saved by peft_icm 0.1.0 name it.
@@ -108,7 +111,9 @@ class ClipEncoder(TaskEncoder):
         if projected is not True:
             raise ValueError(f"projected={projected!r}: task vectors before the projection are not made any more, encode the tasks again.")
         if checkpoint.startswith(HUB):
-            found = resolve(checkpoint.removeprefix(HUB), revision=revision, allow_patterns=[CONFIG, MERGES, *WEIGHTS], **hub)
+            found = resolve(
+                checkpoint.removeprefix(HUB), revision=revision, allow_patterns=[CONFIG, MERGES, *WEIGHTS, f"{TEXT_FOLDER}/*.json"], **hub
+            )
             return cls._from_folder(found, checkpoint, revision)
         if Path(checkpoint).is_dir():
             return cls._from_folder(Path(checkpoint), checkpoint, None)
@@ -142,6 +147,9 @@ class ClipEncoder(TaskEncoder):
         model_cfg = dict(config["model_cfg"])
         kind = open_clip.CustomTextCLIP if model_cfg.get("custom_text") else open_clip.CLIP
         arguments = {name: value for name, value in model_cfg.items() if name != "custom_text"}
+        transformer = model_cfg.get("text_cfg", {}).get("hf_model_name")
+        if transformer:
+            arguments["text_cfg"] = {**model_cfg["text_cfg"], "hf_model_name": _text_folder(folder, model_cfg)}
         with loading(checkpoint):
             with torch.device("meta"):  # no memory before it is known that the weights are about as many
                 wanted = sum(tensor.numel() for tensor in kind(**arguments).state_dict().values())
@@ -153,6 +161,15 @@ class ClipEncoder(TaskEncoder):
             open_clip.load_checkpoint(model, str(weights))
             prepared = {"size": model.visual.image_size} | config.get("preprocess_cfg", {})
             open_clip.model.set_model_preprocess_cfg(model, asdict(PreprocessCfg(**prepared | {"size": model.visual.image_size})))
+        if transformer:
+            with loading(checkpoint):
+                own = HFTokenizer(str(folder / TEXT_FOLDER), context_length=model.context_length, trust_remote_code=False)
+            if len(own.tokenizer) > model.vocab_size:
+                raise ValueError(
+                    f"{checkpoint}: the tokenizer in {TEXT_FOLDER}/ has {len(own.tokenizer)} tokens, its config.json {model.vocab_size}:"
+                    " they must be of one model."
+                )
+            return cls(model, own, checkpoint, model_cfg, revision=revision)
         if merges:
             _check_merges(merges)
         tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length, **({"bpe_path": str(merges)} if merges else {}))
@@ -164,13 +181,13 @@ class ClipEncoder(TaskEncoder):
         return cls(model, tokenizer, checkpoint, model_cfg, revision=revision, merges=merges)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the configs of model and pictures, weights in bf16 where they are exact in it, and the trimmed merges.
+        """Write the configs of model and pictures, each weight in 8 or 16 bit where it is exact in them, and the tokenizer that is its own.
 
         Args:
             folder (`str` or `Path`): Where to; replaced in one step.
 
         Raises:
-            `ValueError`: If the model has a tokenizer or a text tower of transformers: it is loaded by its name alone.
+            `ValueError`: If the model has a tokenizer or a text tower of transformers that was loaded by its name: it still is.
         """
         config = {"model_cfg": self.model_cfg, "preprocess_cfg": open_clip.get_model_preprocess_cfg(self.model)}
         config = json.loads(json.dumps(config))
@@ -178,11 +195,12 @@ class ClipEncoder(TaskEncoder):
         with replacing_folder(folder) as path:
             (path / CONFIG).write_text(json.dumps(config, indent=1))
             tensors = {name: tensor.detach().contiguous() for name, tensor in self.model.state_dict().items()}
-            halves = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
-            exact = all(torch.equal(half.to(tensors[name].dtype), tensors[name]) for name, half in halves.items())
-            save_file(halves if exact else tensors, path / WEIGHTS[0])
+            save_file({name: _narrowest(tensor) for name, tensor in tensors.items()}, path / WEIGHTS[0])
             if self.merges:
                 shutil.copyfile(self.merges, path / MERGES)
+            if self._has_transformer:
+                self.model.text.config.save_pretrained(path / TEXT_FOLDER)
+                self.tokenizer.tokenizer.save_pretrained(path / TEXT_FOLDER)
 
     def _count_tokens(self, texts: list[str]) -> list[int]:
         if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
@@ -194,7 +212,37 @@ class ClipEncoder(TaskEncoder):
         if isinstance(items[0], Image.Image):
             pixels = torch.stack([self.preprocess(image) for image in items])
             return F.normalize(self.model.encode_image(pixels.to(weight)).float(), dim=1)
-        return F.normalize(self.model.encode_text(self.tokenizer(items).to(weight.device)).float(), dim=1)
+        if self._has_transformer:  # reads as many tokens as there are
+            tokens = self.tokenizer.tokenizer(
+                items, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            ).input_ids
+        else:
+            tokens = self.tokenizer(items)
+        return F.normalize(self.model.encode_text(tokens.to(weight.device)).float(), dim=1)
+
+    @property
+    def _has_transformer(self) -> bool:
+        return self.model_cfg.get("text_cfg", {}).get("hf_model_name") == TEXT_FOLDER
+
+
+def _text_folder(folder: Path, model_cfg: dict[str, Any]) -> str:
+    """The folder of a checkpoint's text tower, its config checked."""
+    text = folder / TEXT_FOLDER
+    if not model_cfg.get("custom_text"):
+        raise ValueError(f"{folder / CONFIG}: model_cfg.text_cfg.hf_model_name needs model_cfg.custom_text to be true.")
+    config = load_config(str(inside(folder, f"{TEXT_FOLDER}/config.json").parent))
+    if config.model_type not in TEXT_MODELS:
+        raise ValueError(f"{text / 'config.json'}: model_type is {config.model_type!r}, it must be one of {', '.join(TEXT_MODELS)}.")
+    return str(text)
+
+
+def _narrowest(tensor: Tensor) -> Tensor:
+    """In the fewest bits that hold every value."""
+    for dtype in (torch.float8_e4m3fn, torch.bfloat16) if tensor.is_floating_point() else ():
+        narrow = tensor.to(dtype)
+        if torch.equal(narrow.to(tensor.dtype), tensor):
+            return narrow
+    return tensor
 
 
 def _check_merges(file: Path) -> None:

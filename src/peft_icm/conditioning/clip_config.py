@@ -68,6 +68,15 @@ TEXT: dict[str, Rule] = BLOCK | {
     "proj_bias": FLAG,
     "proj_type": _one_of("linear", "none"),
 }
+# A text tower of transformers lies beside the weights, in a folder of this name: nothing is read by another.
+TEXT_FOLDER = "text"
+TEXT |= {
+    "hf_model_name": _one_of(None, TEXT_FOLDER),
+    "hf_tokenizer_name": _one_of(None, TEXT_FOLDER),
+    "hf_model_pretrained": _one_of(False),
+    "hf_pooler_type": _one_of("mean_pooler", "max_pooler", "cls_last_hidden_state_pooler"),
+    "hf_proj_type": _one_of(None, "linear", "mlp"),
+}
 VISION: dict[str, Rule] = BLOCK | {
     "image_size": SIDES,
     "patch_size": _either(NOTHING, _whole(1024)),
@@ -132,7 +141,8 @@ def read_clip_config(file: Path) -> dict[str, Any]:
 def check_clip_config(config: Any, where: str) -> None:
     """Refuse a config of open_clip with any field that is not known to be harmless.
 
-    Its own tokenizers and text towers of transformers are not: they are loaded by name, with code of their own where the config says so.
+    Tokenizers and text towers that are loaded by name are not: they come with code of their own where the config says so. One of
+    transformers is read from the folder `text` beside the weights, and nowhere else.
 
     Args:
         config (`dict`): `model_cfg` and, optionally, `preprocess_cfg`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..adapters.attach import attach
 from ..generator.modeling_icm import ICMGenerator
+from ..generator.requests import UnknownTaskWarning
 from .figures import plot_bars
 
 VARIANTS = ("generated", "pictures", "text_and_pictures", "unseen_phrasing", "wrong_task", "gibberish")
@@ -228,7 +230,9 @@ class Report(ABC, Generic[Score]):
                 if name in variants and asked:
                     parts = []
                     for condition, seed in asked:
-                        generator.generate_adapter(**condition, base_model=model, generator=torch.Generator().manual_seed(seed))
+                        with warnings.catch_warnings():
+                            warnings.simplefilter("ignore", UnknownTaskWarning)  # gibberish is asked for on purpose
+                            generator.generate_adapter(**condition, base_model=model, generator=torch.Generator().manual_seed(seed))
                         parts.append(cls.score(model, processor, task, **options))
                     row[name] = cls.pool(parts)
             scores[task.name] = row

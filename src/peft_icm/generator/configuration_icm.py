@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from ..adapters.layout import AdapterLayout
 from ..disk import safe_name
+from .condition_space import SPACES, projected_dim
 
 ARCHITECTURES = ("principal", "paper")
 MAX_TASKS = 10_000
@@ -64,6 +65,10 @@ class ICMConfig(PreTrainedConfig):
         context (`bool`, defaults to `True`): Whether the decoder attends over the (task vector, latent) pairs of the
             collection's tasks.
         tasks (`list[dict]`): `{"name", "description"}` of each task trained on, in the order of the context's pairs.
+        condition_space (`str`, *optional*): What is done to task vectors before they are used, see [`ConditionSpace`]: `"none"`,
+            `"whitening"`, `"lda"` or `"head"`. With any but `"none"` the generator tells how familiar a request is ([`Reading`]).
+            [`ICMTrainer`] writes `"lda"` where it builds a `"principal"` generator of two tasks or more. `None` is that of
+            generators saved by 0.1.0: `"none"`.
         base_model_subfolder (`str`, *optional*): Where the base model lies inside the generator's own repo, if it travels in it.
         training (`dict`): Facts of the training, for the model card.
         weights_sha256 (`str`, *optional*): Of the tensors beside a saved config; written by `save_pretrained` and checked when they are
@@ -94,6 +99,7 @@ class ICMConfig(PreTrainedConfig):
     kl_weight: float | int = 0.005
     context: bool = True
     tasks: list[dict[str, Any]] | None = None
+    condition_space: str | None = None
     base_model_subfolder: str | None = None
     training: dict[str, Any] | None = None
     weights_sha256: str | None = None
@@ -122,6 +128,10 @@ class ICMConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value} must be at most {bound}.")
         if isinstance(self.kl_weight, bool) or self.kl_weight < 0 or not math.isfinite(self.kl_weight):
             raise ValueError(f"kl_weight={self.kl_weight} must not be negative, and finite.")
+        if self.condition_space not in (None, *SPACES):
+            raise ValueError(f"condition_space={self.condition_space!r} is unknown: choose one of {', '.join(SPACES)}.")
+        if self.reads and self.layout is not None and len(self.tasks or []) < 2:
+            raise ValueError(f"condition_space={self.condition_space!r} tells tasks apart: it needs two or more, choose 'none'.")
         if self.layout is not None:
             AdapterLayout.from_dict(self.layout)
         if self.base_model_subfolder is not None:
@@ -164,6 +174,16 @@ class ICMConfig(PreTrainedConfig):
             raise OSError(" ".join(str(error).split())) from error
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise ValueError(f"config.json of {pretrained_model_name_or_path}: {' '.join(str(error).split())}") from error
+
+    @property
+    def reads(self) -> bool:
+        """Whether the generator has a condition space, and tells what it knows from what it does not."""
+        return self.condition_space not in (None, "none")
+
+    @property
+    def projected_dim(self) -> int:
+        """m, the width of the task vectors that the networks see."""
+        return projected_dim(self.condition_space, self.condition_dim, len(self.tasks or []))
 
     @property
     def adapter_layout(self) -> AdapterLayout:

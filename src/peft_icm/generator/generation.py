@@ -21,6 +21,7 @@ from ..conditioning import Picture, TaskEncoder, load_task_encoder, open_images
 from ..disk import MAX_NAME_BYTES, inside
 from ..hub.files import is_local, resolve
 from .configuration_icm import ICMConfig
+from .requests import OnUnknown, RequestsMixin, check_request, scaled
 from .sampling import Generators, as_conditions
 
 # One for the process: transformers sets the process's default dtype while it builds a model.
@@ -64,7 +65,7 @@ class TaskInputs(TypedDict, total=False):
     task_vector: Tensor | None
 
 
-class AdapterMixin:
+class AdapterMixin(RequestsMixin):
     """The side of [`ICMGenerator`] that meets its users."""
 
     config: ICMConfig
@@ -161,6 +162,8 @@ class AdapterMixin:
         *,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        on_unknown: OnUnknown = "warn",
+        strength: float = 1.0,
         **task: Unpack[TaskInputs],
     ) -> dict[str, Tensor]:
         """Generate the tensors of one adapter; no base model is needed.
@@ -169,18 +172,27 @@ class AdapterMixin:
             text (`str`, *optional*): What the adapter is for, e.g. `"detect sofas"`.
             temperature (`float`, defaults to 1.0): See [`~ICMGenerator.sample`].
             generator (`torch.Generator`, *optional*): Source of z.
+            on_unknown (`str`, defaults to `"warn"`): What a request gets that is less familiar than the generator's threshold: `"warn"` the
+                adapter of the nearest task and a warning, `"base"` an adapter that does nothing, `"raise"` an error; `"shrink"` scales
+                every adapter by what its reading is worth ([`Reading.worth`]). A `task_vector` is taken as it is.
+            strength (`float`, defaults to 1.0): Factor on dW = B A: 0 is the base, 1 the adapter as generated.
             **task: `examples`, `images` or `task_vector`: see [`~ICMGenerator.task_vector`].
 
         Returns:
             `dict[str, Tensor]`: Keys and shapes of the layout, on the CPU, as `peft.set_peft_model_state_dict` takes them.
 
         Raises:
-            `ValueError`: If the input is not what the encoder reads, temperature or generator is none, or the adapter is not finite.
+            `ValueError`: If the input is not what the encoder reads, temperature, generator, on_unknown or strength is none, the adapter is
+                not finite, or the request is unknown and `on_unknown` is `"raise"` ([`UnknownTaskError`]).
         """
-        condition = self.task_vector(text, **task)
+        check_request(on_unknown, strength)
         if isinstance(generator, Sequence):
             raise ValueError(f"generator={generator!r} must be one torch.Generator: one adapter is generated.")
-        return self.layout.unflatten(self._finite(self.sample(condition, 1, generator, temperature))[0])
+        condition = self.task_vector(text, **task)
+        if task.get("task_vector") is None:
+            strength, _ = self._strength(condition, text, on_unknown, strength)
+        state_dict = self.layout.unflatten(self._finite(self.sample(condition, 1, generator, temperature))[0])
+        return state_dict if strength == 1 else scaled(state_dict, strength)
 
     def _finite(self, samples: Tensor) -> Tensor:
         samples = samples.cpu()
@@ -196,6 +208,8 @@ class AdapterMixin:
         adapter_name: str = "default",
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        on_unknown: OnUnknown = "warn",
+        strength: float = 1.0,
         is_trainable: bool = False,
         base_model_kwargs: Mapping[str, Any] | None = None,
         **task: Unpack[TaskInputs],
@@ -211,6 +225,10 @@ class AdapterMixin:
             adapter_name (`str`, defaults to `"default"`): Name of the adapter.
             temperature (`float`, defaults to 1.0): Standard deviation of z.
             generator (`torch.Generator`, *optional*): Source of z, for a seed.
+            on_unknown (`str`, defaults to `"warn"`): What a request gets that is less familiar than the generator's threshold: `"warn"` the
+                adapter of the nearest task and a warning, `"base"` an adapter that does nothing, `"raise"` an error; `"shrink"` scales
+                every adapter by what its reading is worth ([`Reading.worth`]). A `task_vector` is taken as it is.
+            strength (`float`, defaults to 1.0): Factor on dW = B A: 0 is the base, 1 the adapter as generated.
             is_trainable (`bool`, defaults to `False`): Leave the adapter trainable and in train mode.
             base_model_kwargs (`Mapping`, *optional*): For the base's `from_pretrained` (`dtype`, `device_map`, ...).
             **task: `examples`, `images` or `task_vector`: see [`~ICMGenerator.task_vector`].
@@ -219,10 +237,12 @@ class AdapterMixin:
             `PeftModel`: A native one, in eval mode unless `is_trainable`.
 
         Raises:
-            `ValueError`: If the input is not what the encoder reads, or the base does not fit the layout.
+            `ValueError`: If the input is not what the encoder reads, the base does not fit the layout, or the request is unknown and
+                `on_unknown` is `"raise"` ([`UnknownTaskError`]).
         """
         check_name(adapter_name)
-        state_dict = self.generate_state_dict(text, temperature=temperature, generator=generator, **task)
+        choice: dict[str, Any] = {"on_unknown": on_unknown, "strength": strength}
+        state_dict = self.generate_state_dict(text, temperature=temperature, generator=generator, **choice, **task)
         model = self._base_for(base_model, base_model_kwargs)
         facts = self._facts(text, temperature, generator, task.get("images"))
         return attach(model, self.layout, state_dict, adapter_name=adapter_name, is_trainable=is_trainable, provenance=facts)
@@ -235,6 +255,8 @@ class AdapterMixin:
         adapter_names: Sequence[str] | None = None,
         temperature: float = 1.0,
         generator: Generators = None,
+        on_unknown: OnUnknown = "warn",
+        strength: float = 1.0,
         is_trainable: bool = False,
         base_model_kwargs: Mapping[str, Any] | None = None,
     ) -> PeftModel:
@@ -246,6 +268,8 @@ class AdapterMixin:
             adapter_names (`Sequence[str]`, *optional*): Their names; by default the words of the text, joined by `_`.
             temperature (`float`, defaults to 1.0): Standard deviation of z.
             generator (`torch.Generator` or a list of them, *optional*): One for all, or one for each adapter.
+            on_unknown (`str`, defaults to `"warn"`): For each of them: see [`~ICMGenerator.generate_adapter`].
+            strength (`float`, defaults to 1.0): Factor on dW of all of them.
             is_trainable (`bool`, defaults to `False`): Leave the adapters trainable.
             base_model_kwargs (`Mapping`, *optional*): For the base's `from_pretrained`.
 
@@ -263,14 +287,16 @@ class AdapterMixin:
         names = [check_name(name) for name in adapter_names or map(_words, texts)]
         if len(names) != len(texts) or len(set(names)) != len(names):
             raise ValueError(f"Expected {len(texts)} different adapter names, found {names}.")
+        check_request(on_unknown, strength)
         vectors = torch.stack([self.task_vector(text) for text in texts])
+        strengths = [self._strength(vector, text, on_unknown, strength)[0] for vector, text in zip(vectors, texts, strict=True)]
         samples = self._finite(self.sample(vectors, 1, generator, temperature))
         model = self._base_for(base_model, base_model_kwargs)
         generators = generator if isinstance(generator, Sequence) else [generator] * len(names)
         with unchanged_on_failure(model):
-            for name, text, vector, source in zip(names, texts, samples, generators, strict=True):
+            for name, text, vector, source, factor in zip(names, texts, samples, generators, strengths, strict=True):
                 facts = self._facts(text, temperature, source)
-                state_dict = self.layout.unflatten(vector)
+                state_dict = scaled(self.layout.unflatten(vector), factor)
                 model = attach(model, self.layout, state_dict, adapter_name=name, is_trainable=is_trainable, provenance=facts)
         assert isinstance(model, PeftModel)
         model.set_adapter(names[0], inference_mode=not is_trainable)

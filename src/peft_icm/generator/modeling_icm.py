@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .condition_space import ConditionSpace
 from .configuration_icm import ICMConfig
 from .generation import Source
 from .networks import NETWORKS, ContextAttention, Statistics
+from .reading import Reader
 from .sampling import Generators, as_conditions, draw_noise
 from .saving import SavedModel
 
@@ -61,14 +63,18 @@ class ICMGenerator(SavedModel):
     base_model_prefix = "icm"
     main_input_name = "parameters"
     accepts_loss_kwargs = False
-    _keep_in_fp32_modules_strict = ["statistics"]  # noqa: RUF012 - transformers reads a plain list
+    _keep_in_fp32_modules_strict = ["statistics", "space", "reader"]  # noqa: RUF012 - transformers reads a plain list
     _no_split_modules: list[str] = []  # noqa: RUF012
 
     def __init__(self, config: ICMConfig):
         super().__init__(config)
         self._source, self._lazy = Source(), {}
         self.layout = config.adapter_layout
-        self.statistics = Statistics(self.layout.sizes, config.condition_dim)
+        self.space = (
+            ConditionSpace(config.condition_space or "none", config.condition_dim, len(config.tasks or [])) if config.reads else None
+        )
+        self.reader = Reader(config.condition_dim, len(config.tasks or [])) if config.reads else None
+        self.statistics = Statistics(self.layout.sizes, config.projected_dim)
         self.network = NETWORKS[config.architecture](config)
         self.context = ContextAttention(config) if config.context and config.tasks else None
         self.post_init()
@@ -122,7 +128,8 @@ class ICMGenerator(SavedModel):
         )
 
     def _condition(self, condition: Tensor) -> Tensor:
-        return self.statistics.normalize_condition(condition.to(self.device)).to(self.dtype)
+        condition = condition.to(self.device)
+        return self.statistics.normalize_condition(condition if self.space is None else self.space(condition)).to(self.dtype)
 
     def _decode(self, z: Tensor, v: Tensor, hidden_tasks: Tensor | None = None) -> Tensor:
         """`[B, k]`, normalised `[B, d]` -> normalised `[B, P]`, fp32."""
@@ -144,13 +151,22 @@ class ICMGenerator(SavedModel):
         return self.statistics.denormalize(decoded, out=None if torch.is_grad_enabled() else decoded)
 
     @torch.no_grad()
-    def fit(self, parameters: Tensor, conditions: Tensor) -> None:
-        """Estimate what is not trained - statistics and principal subspace - from a training collection.
+    def fit(self, parameters: Tensor, conditions: Tensor, tasks: Tensor | None = None) -> None:
+        """Estimate what is not trained - condition space, statistics and principal subspace - from a training collection.
 
         Args:
             parameters (`Tensor`): `[N, P]` snapshots of all tasks.
             conditions (`Tensor`): `[M, d]` their task vectors.
+            tasks (`Tensor`, *optional*): `[M]` index of the task of each, in the order of `config.tasks`; needed by a condition space.
+
+        Raises:
+            `ValueError`: If there is a condition space and `tasks` is missing, or lacks a task.
         """
+        if self.space is not None:
+            if tasks is None or len(tasks.unique()) != len(self.config.tasks or []):
+                raise ValueError(f"condition_space={self.config.condition_space!r} needs tasks=, with every task of the config.")
+            self.space.fit(conditions, tasks)
+            conditions = self.space(conditions)
         self.statistics.fit(parameters, conditions)
         self.network.fit(self.statistics.normalize(parameters).to(self.dtype))
 

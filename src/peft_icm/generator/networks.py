@@ -84,7 +84,7 @@ class ContextAttention(nn.Module):
 
     def __init__(self, config: ICMConfig):
         super().__init__()
-        width, dim = 64, config.condition_dim
+        width, dim = 64, config.projected_dim
         tasks = len(config.tasks or [])
         self.query = nn.Linear(dim, width)
         self.key = nn.Linear(dim, width)
@@ -152,7 +152,7 @@ class PrincipalNetwork(nn.Module):
         self.center = nn.Parameter(torch.zeros(size), requires_grad=False)
         self.basis = nn.Parameter(torch.randn(rank, size) / size**0.5, requires_grad=False)
         self.scale = nn.Parameter(torch.ones(rank), requires_grad=False)
-        self.condition = nn.Linear(config.condition_dim, hidden // 2)
+        self.condition = nn.Linear(config.projected_dim, hidden // 2)
         self.encoder = ResidualMLP(rank + hidden // 2, hidden, 2 * config.latent_size)
         self.decoder = ResidualMLP(config.latent_size + hidden // 2, hidden, rank)
 
@@ -204,7 +204,7 @@ class PaperNetwork(nn.Module):
 
     def __init__(self, config: ICMConfig):
         super().__init__()
-        layers, hidden, dim = config.num_conv_layers, config.hidden_size, config.condition_dim
+        layers, hidden, dim = config.num_conv_layers, config.hidden_size, config.projected_dim
         self.size = config.adapter_layout.numel
         channels = [1, *self.CHANNELS[:layers], *[8] * (layers - len(self.CHANNELS))]
         strides = [2 if index < len(self.CHANNELS) else 1 for index in range(layers)]

@@ -119,6 +119,7 @@ def generator_card(
         tasks=tasks,
         facts=_training_facts(training),
         metrics=metrics,
+        reading=_reading_facts(_mapping(training.get("reading"))),
         report=report,
         report_file=REPORT,
         **_lora(layout),
@@ -285,6 +286,17 @@ def _training_facts(training: Mapping[str, Any]) -> list[tuple[str, Any]]:
     }
     own = [(title, _cell(published(training[name]))) for name, title in names.items() if training.get(name) is not None]
     return own + _recipe_facts(_mapping(training.get("collection")))
+
+
+def _reading_facts(reading: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    names = {
+        "familiarity_threshold": "threshold of familiarity",
+        "held_out_phrasings": "held-out phrasings of its tasks",
+        "held_out_phrasings_read": "share of them taken for known",
+        "foreign_requests": "requests for something else",
+        "foreign_requests_read": "share of them taken for known",
+    }
+    return [(title, _cell(reading[name])) for name, title in names.items() if reading.get(name) is not None]
 
 
 def _recipe_facts(recipe: Mapping[str, Any]) -> list[tuple[str, Any]]:

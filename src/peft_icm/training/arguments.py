@@ -26,8 +26,11 @@ class ICMTrainingArguments(TrainingArguments):
 
     Args:
         max_handful (`int`, defaults to 4): A condition is the mean of 1 to this many of its task's vectors.
-        condition_noise (`float`, defaults to 0.5): Standard deviation of Gaussian noise on a condition, as a share of the spread of
-            the collection's task vectors; stands for the wordings that were not collected.
+        phrasings (`int`, defaults to 64): Sentences that each task should have: one with fewer gets phrasings of those it has
+            ([`phrasings`]), where the trainer has an encoder that reads text. 0 for none.
+        condition_noise (`float`, defaults to 0.5): Standard deviation of Gaussian noise on a condition, which stands for the wordings
+            that were not collected: as a share of what wording does to task vectors where the generator has a condition space, else of
+            the spread of the collection's task vectors.
         leave_out_rate (`float`, defaults to 0.5): Share of episodes in which a task's own pair is hidden from the context.
         held_out (`float`, defaults to 0.2): Share of each task's snapshots that is kept for evaluation.
 
@@ -43,6 +46,7 @@ class ICMTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=64)
     learning_rate: float = field(default=1e-3)
     max_handful: int = field(default=4)
+    phrasings: int = field(default=64)
     condition_noise: float = field(default=0.5)
     leave_out_rate: float = field(default=0.5)
     held_out: float = field(default=0.2)
@@ -53,6 +57,8 @@ class ICMTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.max_handful < 1:
             raise ValueError(f"max_handful={self.max_handful} must be at least 1.")
+        if self.phrasings < 0:
+            raise ValueError(f"phrasings={self.phrasings} must not be negative.")
         for name in ("leave_out_rate", "held_out", "kl_warmup_ratio"):
             if not 0 <= getattr(self, name) < 1 and not (name == "leave_out_rate" and self.leave_out_rate == 1):
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")

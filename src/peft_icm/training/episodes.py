@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from ..generator.condition_space import ConditionSpace
 from .arguments import ICMTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -35,12 +36,20 @@ class EpisodeDataset(Dataset[dict[str, Tensor]]):
     That makes a run the same on one process or two, and the same when it is resumed.
     """
 
-    def __init__(self, snapshots: list[Tensor], task_vectors: list[Tensor], args: ICMTrainingArguments, latent_size: int, batch_size: int):
-        self.snapshots, self.task_vectors, self.args = snapshots, task_vectors, args
+    def __init__(
+        self,
+        snapshots: list[Tensor],
+        task_vectors: list[Tensor],
+        args: ICMTrainingArguments,
+        latent_size: int,
+        batch_size: int,
+        space: ConditionSpace | None = None,
+    ):
+        self.snapshots, self.task_vectors, self.args, self.space = snapshots, task_vectors, args, space
         self.latent_size, self.batch_size = latent_size, batch_size
         rows = torch.cat(task_vectors)
         self.unit_rows = bool((rows.norm(dim=1) - 1).abs().max() < 1e-3)
-        self.noise = args.condition_noise * float((rows - rows.mean(0)).std(correction=0))
+        self.spread = float((rows - rows.mean(0)).std(correction=0))
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.snapshots)
@@ -56,7 +65,9 @@ class EpisodeDataset(Dataset[dict[str, Tensor]]):
             condition = condition / condition.norm()
         hide = False
         if epoch >= 0:
-            condition = condition + self.noise * torch.randn(condition.shape, generator=draw)
+            noise_of_words = torch.randn(condition.shape, generator=draw)
+            noise_of_words = self.spread * noise_of_words if self.space is None else self.space.colour(noise_of_words)
+            condition = condition + self.args.condition_noise * noise_of_words
             episode = seeded(self.args.seed, epoch, "episode", position // self.batch_size)
             hide = bool(torch.rand((), generator=episode) < self.args.leave_out_rate)
         return {

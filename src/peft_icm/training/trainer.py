@@ -34,6 +34,7 @@ from ..generator.modeling_icm import ICMGenerator
 from ..hub.cards import generator_card
 from ..hub.files import CARD, marked
 from .arguments import ICMTrainingArguments
+from .conditions import Conditions, training_conditions
 from .episodes import EpisodeDataset, EpisodeSampler, held_out_mask
 from .recipe import keep_others_out, let_others_in
 
@@ -115,14 +116,16 @@ class ICMTrainer(Trainer):
         if missing:
             raise ValueError(f"The collection has no task vectors for {missing[0]!r}: call collection.encode(encoder) first.")
         self.collection = collection
+        self.reading: dict[str, Any] = (model.config.training or {}).get("reading", {}) if isinstance(model, ICMGenerator) else {}
         snapshots = [collection.snapshots[task].float() for task in collection.tasks]
-        vectors = [collection.task_vectors[task].float() for task in collection.tasks]
+        conditions = training_conditions(collection, encoder, args.phrasings, args.seed)
+        vectors = conditions.rows
         held = [held_out_mask(len(part), args.held_out) for part in snapshots]
         train = [part[~mask] for part, mask in zip(snapshots, held, strict=True)]
         test = [part[mask] for part, mask in zip(snapshots, held, strict=True)]
         if not isinstance(model, ICMGenerator):
             model = new_generator(collection, model or ICMConfig(), encoder, args.seed)
-            model.fit(torch.cat(train), torch.cat(vectors))
+            self.reading = fit(model, torch.cat(train), conditions)
         if model.layout.fingerprint != collection.layout.fingerprint:
             raise ValueError(
                 f"The generator's layout is {model.layout.fingerprint}, the collection's {collection.layout.fingerprint}: they must be"
@@ -141,8 +144,8 @@ class ICMTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=EpisodeDataset(train, vectors, args, size, batch),
-            eval_dataset=EpisodeDataset(test, vectors, args, size, batch) if held_out else None,
+            train_dataset=EpisodeDataset(train, vectors, args, size, batch, model.space),
+            eval_dataset=EpisodeDataset(test, vectors, args, size, batch, model.space) if held_out else None,
             compute_metrics=self._metrics,
             **kwargs,
         )
@@ -242,6 +245,7 @@ class ICMTrainer(Trainer):
             "seed": self.args.seed,
             "learning_rate": self.args.learning_rate,
             "collection": self.collection.metadata,
+            "reading": self.reading,
             "metrics": [
                 {"type": name, "name": title, "value": round(metrics[f"eval_{name}"], 4), "dataset": "held-out snapshots"}
                 for name, title in [("variance_explained", "variance explained"), ("kl", "KL divergence (nats)")]
@@ -287,9 +291,46 @@ def new_generator(collection: AdapterCollection, config: ICMConfig, encoder: Tas
         "encoder": named or None,
         "condition_dim": collection.task_vectors[collection.tasks[0]].shape[1],
         "tasks": [{"name": task, "description": (collection.descriptions.get(task) or [""])[0]} for task in collection.tasks],
+        # The paper has no projection; with one task there is nothing to tell apart.
+        "condition_space": config.condition_space or ("lda" if config.architecture != "paper" and len(collection.tasks) > 1 else "none"),
     }
     torch.manual_seed(seed)
     generator = ICMGenerator(ICMConfig(**values))
     if encoder is not None:
         generator.encoder = encoder
     return generator
+
+
+def fit(generator: ICMGenerator, parameters: Tensor, conditions: Conditions) -> dict[str, Any]:
+    """Estimate everything about a new generator that is not trained, the threshold of what it knows among it.
+
+    Args:
+        generator ([`ICMGenerator`]): With fresh weights.
+        parameters (`Tensor`): `[N, P]` training snapshots of all tasks.
+        conditions ([`Conditions`]): Their task vectors.
+
+    Returns:
+        `dict[str, Any]`: Of the threshold, for the card; empty where none is fitted.
+    """
+    indices = [torch.full((len(part),), index) for index, part in enumerate(conditions.rows)]
+    rows, tasks = torch.cat(conditions.rows), torch.cat(indices)
+    generator.fit(parameters, rows, tasks)
+    if generator.reader is None or generator.space is None:
+        logger.warning("condition_space is 'none' or there is one task: no threshold is fitted, the generator takes any request for known.")
+        return {}
+    held = torch.cat(conditions.held_out)
+    if not len(held):
+        logger.warning("No task vector is held out (fewer than five of each task, no encoder that reads text): no threshold is fitted.")
+    held_tasks = torch.cat([torch.full((len(part),), index) for index, part in enumerate(conditions.held_out)])
+    generator.reader.fit(generator.space, rows, tasks, held, held_tasks, conditions.foreign)
+    if not len(held):
+        return {}
+    _, familiarity = generator.reader(generator.space, torch.cat([held, conditions.foreign]))
+    known = familiarity >= generator.reader.threshold
+    return {
+        "familiarity_threshold": round(float(generator.reader.threshold), 4),
+        "held_out_phrasings": len(held),
+        "held_out_phrasings_read": round(float(known[: len(held)].float().mean()), 4),
+        "foreign_requests": len(conditions.foreign),
+        "foreign_requests_read": round(float(known[len(held) :].float().mean()), 4) if len(conditions.foreign) else None,
+    }

@@ -1,0 +1,77 @@
+"""How the bundled generators read requests: sentences that nothing was trained on, and sentences that no task answers.
+
+    python -m benchmarks.reading choose                 # settings are chosen on these
+    python -m benchmarks.reading once                   # these decide, and are used at the end alone
+    python -m benchmarks.reading once --world text --generator DIR --name text_one_sentence
+
+Writes results/SET_NAME.json and .png. `share` is of the own LoRAs' gain (nats per token, AP50) on held-out data; a request that no task
+answers is scored on one task, in turn. "retrieved" is the own LoRA of the task that the same generator heard, under the same threshold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoProcessor
+
+from peft_icm import AdapterCollection, ICMGenerator
+from peft_icm.bundled import bundled_folder
+from peft_icm.evaluation import DetectionEvaluation, Evaluation
+from peft_icm.evaluation.requests import evaluate_requests
+from peft_icm.tasks import load_tasks
+
+HERE = Path(__file__).parent
+KINDS: dict[str, type[Any]] = {"text": Evaluation, "detection": DetectionEvaluation}
+BATCH = {"text": 8, "detection": 32}
+PASSAGES, PICTURES = 5, 15  # of each task that an adapter is scored on; pictures with the class, and as many without
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set", choices=("choose", "once"), help="which sentences")
+    parser.add_argument("--world", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="which bundles")
+    parser.add_argument("--generator", help="a generator in the place of the bundled one")
+    parser.add_argument("--name", help="of the results; by default that of the world")
+    parser.add_argument("--seed", type=int, default=0, help="of z")
+    args = parser.parse_args()
+    requests = json.loads((HERE / f"{args.set}.json").read_text(encoding="utf-8"))
+    for world in args.world:
+        bundle = bundled_folder(world)
+        generator = ICMGenerator.from_pretrained(args.generator or bundle / "generator")
+        collection = AdapterCollection.from_pretrained(bundle / "own")
+        processor = AutoProcessor.from_pretrained(bundle / "generator" / "base_model")
+        own = {task: collection.final(task) for task in collection.tasks}
+        tasks: Any = load_tasks(bundle / "tasks")
+        for task in tasks:
+            if world == "text":
+                task.test_texts = task.test_texts[:PASSAGES]
+            else:
+                shown = [image for image in task.test_images if task.label in image.labels]
+                others = [image for image in task.test_images if task.label not in image.labels]
+                task.test_images = shown[:PICTURES] + others[:PICTURES]
+        asked = requests[world]
+        report = evaluate_requests(
+            KINDS[world], generator, processor, tasks, own, asked["known"], asked["unknown"], seed=args.seed, batch_size=BATCH[world]
+        )
+        run = {
+            "command": f"python -m benchmarks.reading {args.set} --world {world}",
+            "seed": args.seed,
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{torch.get_num_threads()} threads",
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "open_clip_torch")},
+        }
+        file = HERE / "results" / f"{args.set}_{args.name or world}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"run": run, **report.to_dict()}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        report.plot(file.with_suffix(".png"))
+        print(f"{file}\n{report.table()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

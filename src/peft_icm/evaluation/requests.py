@@ -1,0 +1,270 @@
+"""What a generator does with requests in words that it never saw, and with requests for something else, beside retrieval."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..adapters.attach import attach
+from ..generator.modeling_icm import ICMGenerator
+from ..generator.requests import ON_UNKNOWN, UnknownTaskWarning, scaled
+from .figures import save_figure
+from .report import Report, rounded, share_of
+
+SOURCES = ("generated", "retrieved")
+KNOWN_READ = 0.95  # share of known requests at which the share of unknown ones is told
+
+
+@dataclass
+class Heard:
+    """One request, what was heard in it, and what its adapters gained.
+
+    Args:
+        request (`str`): The sentence.
+        meant (`str`, *optional*): The task that it means; `None` for a request that no task answers.
+        tested_on (`str`): The task whose held-out data the adapters were scored on: the one meant, else the tasks in turn.
+        heard (`str`): The most probable task.
+        confidence, familiarity, worth (`float`): See [`Reading`].
+        known (`bool`): Whether it was taken for known.
+        gains (`dict[str, float]`): Above the base, by `SOURCE/warn` and `SOURCE/shrink`.
+    """
+
+    request: str
+    meant: str | None
+    tested_on: str
+    heard: str
+    confidence: float
+    familiarity: float
+    worth: float
+    known: bool
+    gains: dict[str, float]
+
+
+@dataclass
+class RequestsReport:
+    """How a generator hears requests, and what its adapters are worth; the own LoRA of the task that was heard stands beside them.
+
+    Args:
+        rows (`list[Heard]`): One for each request.
+        own (`dict[str, float]`): Gain of each task's own LoRA above the base.
+        threshold (`float`, *optional*): Of familiarity.
+        unit (`str`): Of a gain.
+        seconds (`float`): What the evaluation took.
+    """
+
+    rows: list[Heard]
+    own: dict[str, float]
+    threshold: float | None
+    unit: str
+    seconds: float
+
+    def gain(self, row: Heard, source: str, on_unknown: str) -> float:
+        """What a request gained: `"base"` and `"raise"` leave the base to whoever asks for something unknown."""
+        if on_unknown == "shrink":
+            return row.gains[f"{source}/shrink"]
+        return row.gains[f"{source}/warn"] if on_unknown == "warn" or row.known else 0.0
+
+    def share(self, source: str, on_unknown: str, *, meant: bool) -> float | None:
+        """Sum of the gains over that of the own LoRAs, over the requests that mean a task, or over those that mean none."""
+        rows = [row for row in self.rows if (row.meant is not None) == meant]
+        return share_of(sum(self.gain(row, source, on_unknown) for row in rows), sum(self.own[row.tested_on] for row in rows))
+
+    @property
+    def right(self) -> float:
+        """Share of the requests that mean a task in which that task was heard."""
+        rows = [row for row in self.rows if row.meant is not None]
+        return sum(row.heard == row.meant for row in rows) / len(rows)
+
+    def unknown_at(self, known_read: float = KNOWN_READ) -> float | None:
+        """Share of the requests for something else that are taken for known when this share of the others is; `None` without any."""
+        familiar = torch.tensor([row.familiarity for row in self.rows if row.meant is not None])
+        other = torch.tensor([row.familiarity for row in self.rows if row.meant is None])
+        return float((other >= familiar.quantile(1 - known_read)).float().mean()) if len(other) else None
+
+    @property
+    def auroc(self) -> float | None:
+        """Of familiarity, between requests that mean a task and those that mean none."""
+        from sklearn.metrics import roc_auc_score
+
+        labels = [row.meant is not None for row in self.rows]
+        return float(roc_auc_score(labels, [row.familiarity for row in self.rows])) if len(set(labels)) > 1 else None
+
+    def risk_coverage(self, source: str = "generated") -> tuple[list[float], list[float]]:
+        """Coverage and risk, when the requests of least confidence are turned away: risk is one less the share of what is left.
+
+        All requests count, those that mean no task too.
+        """
+        order = sorted(self.rows, key=lambda row: -row.confidence)
+        gains = torch.tensor([row.gains[f"{source}/warn"] for row in order]).cumsum(0)
+        owns = torch.tensor([self.own[row.tested_on] for row in order]).cumsum(0).clamp(min=1e-12)
+        return [(index + 1) / len(order) for index in range(len(order))], (1 - gains / owns).tolist()
+
+    def aurc(self, source: str = "generated") -> float:
+        """Area under the risk-coverage curve (Geifman et al. 2019): the mean risk over all coverages."""
+        risk = self.risk_coverage(source)[1]
+        return sum(risk) / len(risk)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: shares by source and `on_unknown`, how requests were heard, and every request."""
+        kinds = {"unseen_phrasings": True, "unknown_requests": False}
+        shares = {
+            kind: {source: rounded({mode: self.share(source, mode, meant=meant) for mode in ON_UNKNOWN}) for source in SOURCES}
+            for kind, meant in kinds.items()
+            if any((row.meant is not None) == meant for row in self.rows)
+        }
+        heard = {
+            "right": self.right,
+            "known_of_known": self._taken(meant=True),
+            "known_of_unknown": self._taken(meant=False),
+            "unknown_at_95_of_known": self.unknown_at(),
+            "auroc": self.auroc,
+            "threshold": self.threshold,
+            **{f"aurc_{source}": self.aurc(source) for source in SOURCES},
+        }
+        rows = [{**asdict(row), "gains": rounded(row.gains)} for row in self.rows]
+        return {"share": shares, "heard": rounded(heard), "unit": self.unit, "seconds": round(self.seconds, 1), "requests": rows}
+
+    def _taken(self, *, meant: bool) -> float | None:
+        rows = [row.known for row in self.rows if (row.meant is not None) == meant]
+        return sum(rows) / len(rows) if rows else None
+
+    def table(self) -> str:
+        """What [`~RequestsReport.to_dict`] says of all requests, in lines."""
+        found = self.to_dict()
+        lines = [f"{'share of the own LoRAs gain':34}" + "".join(f"{mode:>9}" for mode in ON_UNKNOWN)]
+        for kind, by_source in found["share"].items():
+            for source, shares in by_source.items():
+                cells = "".join(f"{'n/a' if shares[mode] is None else format(shares[mode], '.2f'):>9}" for mode in ON_UNKNOWN)
+                lines.append(f"{f'{kind}, {source}'.replace('_', ' '):34}{cells}")
+        lines += [
+            f"{name.replace('_', ' '):34}{'n/a' if value is None else format(value, '.3f'):>9}" for name, value in found["heard"].items()
+        ]
+        return "\n".join(lines)
+
+    def plot(self, file: str | os.PathLike[str]) -> None:
+        """Draw risk against coverage as a PNG.
+
+        Args:
+            file (`str` or `Path`): Where to.
+        """
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
+        for source in SOURCES:
+            axes.plot(*self.risk_coverage(source), label=f"{source} (area {self.aurc(source):.3f})")
+        axes.set(xlabel="coverage: share of the requests answered, the surest first", ylabel="risk: 1 - share of the own LoRAs' gain")
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.legend(frameon=False)
+        save_figure(figure, file)
+
+
+def load_requests(file: str | os.PathLike[str], tasks: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Read `{"known": {task: [sentences]}, "unknown": [sentences]}`.
+
+    Args:
+        file (`str` or `Path`): JSON.
+        tasks (`Sequence[str]`): Names that may stand under `known`.
+
+    Returns:
+        `tuple[dict[str, list[str]], list[str]]`: Of both.
+
+    Raises:
+        `OSError`: If the file cannot be read.
+        `ValueError`: If it is no such JSON, or names a task that is none.
+    """
+    shape = '{"known": {"task": ["a sentence"]}, "unknown": ["a sentence"]}'
+    try:
+        document = json.loads(Path(file).read_text(encoding="utf-8"))
+        known, unknown = dict(document["known"]), list(document.get("unknown", []))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no JSON of the form {shape} ({error}).") from error
+    for task, lines in [*known.items(), ("unknown", unknown)]:
+        if task != "unknown" and task not in tasks:
+            raise ValueError(f"{file}: known names {task!r}, which is no task here: {', '.join(tasks)}.")
+        if not isinstance(lines, list) or not all(isinstance(line, str) and line.strip() for line in lines):
+            raise ValueError(f"{file}: {task!r} must have a list of sentences.")
+    if not any(known.values()):
+        raise ValueError(f"{file} has no sentence under known: it must be of the form {shape}.")
+    return known, unknown
+
+
+def evaluate_requests(
+    kind: type[Report[Any]],
+    generator: ICMGenerator,
+    processor: Any,
+    tasks: Sequence[Any],
+    own: Mapping[str, Tensor],
+    known: Mapping[str, Sequence[str]],
+    unknown: Sequence[str] = (),
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> RequestsReport:
+    """Score what a generator makes of requests.
+
+    Args:
+        kind (`type`): [`Evaluation`] or [`DetectionEvaluation`], which bring the metric.
+        generator ([`ICMGenerator`]): Reads text.
+        processor (`PreTrainedTokenizerBase` or `ProcessorMixin`): Of its base model.
+        tasks (`Sequence`): Of one kind, with held-out data.
+        own (`Mapping[str, Tensor]`): `[P]`, the own LoRA of each task.
+        known (`Mapping[str, Sequence[str]]`): Unseen sentences that mean each task.
+        unknown (`Sequence[str]`): Sentences that mean none of them; each is scored on one task, in turn.
+        seed (`int`, defaults to 0): Of z.
+        progress (`bool`, defaults to `True`): Show a progress bar.
+        **options: For [`~Report.score`].
+
+    Returns:
+        [`RequestsReport`]
+    """
+    start = time.perf_counter()
+    layout, by_name = generator.layout, {task.name: task for task in tasks}
+    model = generator.generate_adapter(tasks[0].descriptions[0])
+    kept: dict[tuple[str, str], float] = {}  # gain of a task's own LoRA on the data of another
+
+    def score(task: Any, tensors: dict[str, Tensor] | None) -> float:
+        if tensors is None:
+            with model.disable_adapter():
+                found = kind.score(model, processor, task, **options)
+        else:
+            attach(model, layout, {name: tensor.to(layout.torch_dtype) for name, tensor in tensors.items()})
+            found = kind.score(model, processor, task, **options)
+        return kind.numbers(found)["gain"]
+
+    def of_own(heard: str, task: Any) -> float:
+        if (heard, task.name) not in kept:
+            kept[heard, task.name] = score(task, layout.unflatten(own[heard])) - base[task.name]
+        return kept[heard, task.name]
+
+    base = {task.name: score(task, None) for task in tasks}
+    gains_of_own = {task.name: of_own(task.name, task) for task in tasks}
+    asked: list[tuple[str, str | None, Any]] = [(line, name, by_name[name]) for name, lines in known.items() for line in lines]
+    asked += [(line, None, tasks[index % len(tasks)]) for index, line in enumerate(unknown)]
+    rows, threshold = [], None
+    for line, meant, task in tqdm(asked, desc="requests", unit="request", disable=not progress):
+        reading = generator.read(line)
+        threshold = reading.threshold
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnknownTaskWarning)
+            tensors = generator.generate_state_dict(line, generator=torch.Generator().manual_seed(seed))
+        retrieved = layout.unflatten(own[reading.task])
+        gains = {
+            "generated/warn": score(task, tensors) - base[task.name],
+            "generated/shrink": score(task, scaled(tensors, reading.worth)) - base[task.name],
+            "retrieved/warn": of_own(reading.task, task),
+            "retrieved/shrink": score(task, scaled(retrieved, reading.worth)) - base[task.name],
+        }
+        figures = (round(reading.confidence, 4), round(reading.familiarity, 4), round(reading.worth, 4))
+        rows.append(Heard(line, meant, task.name, reading.task, *figures, reading.known, gains))
+    return RequestsReport(rows, gains_of_own, threshold, kind.unit, time.perf_counter() - start)

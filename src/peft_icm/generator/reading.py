@@ -1,0 +1,164 @@
+"""Reading: which task a generator hears in a request, how sure it is, and whether it knows the task at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .condition_space import ConditionSpace, task_means
+
+MISSED = 0.05  # of the held-out phrasings of its own tasks, the share that a generator may take for unknown
+LEFT_OUT_WEIGHT = 0.25  # of the tasks left out, among what is unknown
+# What a wrong adapter costs, in what the right one gains: on the bundled text world a foreign request 1.0, another task's adapter 3.5.
+# The smallest h at which the requests for something else in benchmarks/reading/choose.json cost less than 0.05 of the own LoRAs' gain.
+HARM = 1.5
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a generator heard.
+
+    Args:
+        tasks (`dict[str, float]`): Probability of each task, given that it is one of them; the most probable first.
+        familiarity (`float`): Probability that one of them is meant at all; of tasks and foreign requests in equal numbers.
+        threshold (`float`, *optional*): Below it a request counts as unknown. Conformal: of the held-out phrasings of known tasks 5 % lie
+            below. `None` where the generator could fit none.
+        description (`str`): The sentence of the most probable task.
+
+    Example:
+
+    ```python
+    >>> from peft_icm import ICMGenerator, bundled_generator
+    >>> reading = ICMGenerator.from_pretrained(bundled_generator("text")).read("continue a Shakespeare play")
+    >>> reading.task, reading.known
+    ('shakespeare', True)
+
+    ```
+    """
+
+    tasks: dict[str, float]
+    familiarity: float
+    threshold: float | None
+    description: str
+
+    @property
+    def task(self) -> str:
+        """The most probable task."""
+        return next(iter(self.tasks))
+
+    @property
+    def known(self) -> bool:
+        """Whether the request is as familiar as one of the generator's tasks; taken for granted where there is no threshold."""
+        return self.threshold is None or self.familiarity >= self.threshold
+
+    @property
+    def confidence(self) -> float:
+        """p, the probability that the most probable task is what was meant: its own, times the familiarity."""
+        return self.tasks[self.task] * (1.0 if self.threshold is None else self.familiarity)
+
+    @property
+    def worth(self) -> float:
+        r"""The strength that `on_unknown="shrink"` gives the adapter, in [0, 1].
+
+        At strength s the right adapter gains `s (2 - s)` and a wrong one costs `h s^2`, with h = 1.5 the harm (`HARM`). Their mean under
+        the confidence p is greatest at `s = p / (p + (1 - p) h)`.
+        """
+        return self.confidence / (self.confidence + (1 - self.confidence) * HARM)
+
+    def __str__(self) -> str:
+        """As the CLI says it: `heard: shakespeare (0.97)`."""
+        return f"heard: {self.task} ({self.confidence:.2f})"
+
+
+class Reader(nn.Module):
+    r"""Scores task vectors against the tasks of a generator.
+
+    Three numbers tell whether a vector v belongs to a task: its squared distance to the nearest task's mean in the whitened space, the same
+    beside its distance to the mean of all tasks (the relative Mahalanobis distance, Ren et al. 2021), and its cosine to the nearest
+    task's mean. A logistic regression weighs them, fitted on held-out phrasings of the tasks against foreign requests and the phrasings
+    of each task left out; its probability is the familiarity. The threshold is the conformal quantile of held-out phrasings. Among the
+    tasks the probability is that of Gaussians of one covariance, at the temperature that suits the held-out phrasings best.
+
+    Buffers in fp32: `means` `[T, d]` of unit length, `centers` `[T, d]` whitened, `weight` `[3]`, `bias`, `threshold` (negative where
+    there is none), `temperature`.
+
+    Args:
+        condition_dim (`int`): d.
+        tasks (`int`): T.
+    """
+
+    means: Tensor
+    centers: Tensor
+    weight: Tensor
+    bias: Tensor
+    threshold: Tensor
+    temperature: Tensor
+
+    def __init__(self, condition_dim: int, tasks: int):
+        super().__init__()
+        for name in ("means", "centers"):
+            self.register_buffer(name, torch.zeros(tasks, condition_dim, dtype=torch.float32))
+        self.register_buffer("weight", torch.zeros(3, dtype=torch.float32))
+        for name, value in (("bias", 0.0), ("threshold", -1.0), ("temperature", 1.0)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Reader:
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+    @torch.no_grad()
+    def fit(self, space: ConditionSpace, conditions: Tensor, tasks: Tensor, held_out: Tensor, held_tasks: Tensor, foreign: Tensor) -> None:
+        """Estimate means, weights, temperature and threshold.
+
+        Args:
+            space ([`ConditionSpace`]): Fitted.
+            conditions (`Tensor`): `[M, d]` task vectors of the tasks.
+            tasks (`Tensor`): `[M]` their tasks.
+            held_out (`Tensor`): `[H, d]` task vectors of the tasks that nothing was fitted on; without any there is no threshold.
+            held_tasks (`Tensor`): `[H]` their tasks.
+            foreign (`Tensor`): `[F, d]` task vectors of requests for something else.
+        """
+        from sklearn.linear_model import LogisticRegression
+
+        means = task_means(conditions.float(), tasks)
+        self.means.copy_(F.normalize(means, dim=1))
+        self.centers.copy_(space.whiten(means))
+        if not len(held_out):
+            return
+        known, unknown = self._features(space, held_out), self._features(space, foreign)
+        left_out = self._features(space, held_out, held_tasks)
+        rows = torch.cat([known, unknown, left_out])
+        labels = [1] * len(known) + [0] * (len(unknown) + len(left_out))
+        share = LEFT_OUT_WEIGHT if len(unknown) else 1.0
+        parts = ((known, 0.5), (unknown, 0.5 * (1 - share)), (left_out, 0.5 * share))
+        weights = torch.cat([torch.full((len(part),), weight * len(rows) / max(1, len(part))) for part, weight in parts])
+        mean, deviation = rows.mean(0), rows.std(0).clamp(min=1e-6)
+        model = LogisticRegression(C=1.0).fit((rows - mean) / deviation, labels, sample_weight=weights)
+        self.weight.copy_(torch.from_numpy(model.coef_[0]) / deviation)
+        self.bias.copy_(model.intercept_[0] - (self.weight * mean).sum())
+        scores = (known @ self.weight + self.bias).sigmoid().sort().values
+        self.threshold.copy_(scores[max(0, int(MISSED * (len(scores) + 1)) - 1)])
+        distances = torch.cdist(space.whiten(held_out), self.centers).square()
+        temperatures = torch.logspace(-1, 2, 61)
+        losses = [F.cross_entropy(-0.5 * distances / temperature, held_tasks) for temperature in temperatures]
+        self.temperature.copy_(temperatures[torch.stack(losses).argmin()])
+
+    def forward(self, space: ConditionSpace, conditions: Tensor) -> tuple[Tensor, Tensor]:
+        """`[n, d]` task vectors -> probabilities `[n, T]` of the tasks and familiarity `[n]`."""
+        distances = torch.cdist(space.whiten(conditions), self.centers).square()
+        familiarity = (self._features(space, conditions) @ self.weight + self.bias).sigmoid()
+        return (-0.5 * distances / self.temperature).softmax(1), familiarity
+
+    def _features(self, space: ConditionSpace, conditions: Tensor, left_out: Tensor | None = None) -> Tensor:
+        """`[n, 3]`; as if each row's task in `left_out` were not there."""
+        whitened = space.whiten(conditions)
+        distances = torch.cdist(whitened, self.centers).square()
+        cosines = F.normalize(conditions.float(), dim=1) @ self.means.T
+        if left_out is not None:
+            own = F.one_hot(left_out, len(self.means)).bool()
+            distances, cosines = distances.masked_fill(own, torch.inf), cosines.masked_fill(own, -torch.inf)
+        nearest = distances.amin(1)
+        return torch.stack([-nearest, whitened.square().sum(1) - nearest, cosines.amax(1)], dim=1)

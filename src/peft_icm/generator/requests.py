@@ -1,0 +1,162 @@
+"""What a generator makes of a request before it generates: which task it hears, and what to do where it hears none."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..conditioning import Picture
+from .configuration_icm import ICMConfig
+from .reading import Reader, Reading
+
+logger = logging.getLogger(__name__)
+
+OnUnknown = Literal["warn", "shrink", "base", "raise"]
+ON_UNKNOWN: tuple[str, ...] = get_args(OnUnknown)
+
+
+class UnknownTaskWarning(UserWarning):
+    """A request was less familiar than the generator's threshold, and got the adapter of the task that it resembles most."""
+
+
+class UnknownTaskError(ValueError):
+    """A request was less familiar than the generator's threshold, and `on_unknown` is `"raise"`."""
+
+
+class RequestsMixin:
+    """The side of [`ICMGenerator`] that listens."""
+
+    config: ICMConfig
+    space: Any
+    reader: Reader | None
+    context: Any
+    task_vector: Callable[..., Tensor]
+    _condition: Callable[[Tensor], Tensor]
+    _lazy: dict[str, Any]
+
+    def read(
+        self,
+        text: str | None = None,
+        *,
+        examples: Sequence[str] | None = None,
+        images: Sequence[Picture] | None = None,
+        task_vector: Tensor | None = None,
+    ) -> Reading:
+        """Tell which task is heard in a request, how sure that is, and whether it is one of the generator's at all.
+
+        Args:
+            text (`str`, *optional*): A sentence.
+            examples (`Sequence[str]`, *optional*): Examples of the task.
+            images (`Sequence[PIL.Image.Image, str or Path]`, *optional*): Pictures of the task, instead of a text or beside it.
+            task_vector (`Tensor`, *optional*): `[d]`.
+
+        Returns:
+            [`Reading`]: Without a threshold where the generator has none: it was saved by peft_icm 0.1.0, or trained on one task or
+                without a condition space. A warning says so once.
+
+        Raises:
+            `ValueError`: If the input is not what the encoder reads, or the generator names no tasks.
+
+        Example:
+
+        ```python
+        >>> from peft_icm import ICMGenerator, bundled_generator
+        >>> generator = ICMGenerator.from_pretrained(bundled_generator("text"))
+        >>> generator.read("knitting patterns for beginners").known
+        False
+
+        ```
+        """
+        return self._read(self.task_vector(text, examples=examples, images=images, task_vector=task_vector))
+
+    @torch.no_grad()
+    def _read(self, vector: Tensor) -> Reading:
+        tasks = self.config.tasks or []
+        if not tasks:
+            raise ValueError("This generator names no tasks in its config: it can generate, but it cannot tell what it hears.")
+        threshold: float | None = None
+        if self.reader is None:
+            probabilities, familiarity = self._nearest(vector), 1.0
+        else:
+            scores, known = self.reader(self.space, vector[None].to(self.reader.means.device))
+            probabilities, familiarity = scores[0], float(known[0])
+            threshold = float(self.reader.threshold) if self.reader.threshold >= 0 else None
+        if threshold is None and "threshold" not in self._lazy:
+            self._lazy["threshold"] = None
+            logger.warning(
+                "This generator has no threshold (saved by peft_icm 0.1.0, or trained on one task, with condition_space 'none' or on"
+                " too few sentences): it takes any request for known."
+            )
+        order = probabilities.argsort(descending=True).tolist()
+        return Reading(
+            tasks={tasks[index]["name"]: float(probabilities[index]) for index in order},
+            familiarity=familiarity,
+            threshold=threshold,
+            description=tasks[order[0]].get("description") or tasks[order[0]]["name"],
+        )
+
+    def _nearest(self, vector: Tensor) -> Tensor:
+        """`[T]` probabilities by the distances to the tasks' vectors in the context; equal ones where there is no context."""
+        count = len(self.config.tasks or [])
+        if self.context is None:
+            return torch.full((count,), 1 / count)
+        distances = (self.context.conditions.float() - self._condition(vector[None]).float()).square().sum(1)
+        return (-distances / distances.mean().clamp(min=1e-12) * 4).softmax(0)
+
+    def _strength(self, vector: Tensor, text: str | None, on_unknown: str, strength: float) -> tuple[float, Reading | None]:
+        """The factor on dW that a request gets, and what was heard; warns or raises as `on_unknown` says."""
+        if self.reader is None and (on_unknown == "warn" or not self.config.tasks):
+            return strength, None
+        reading = self._read(vector)
+        request = f"{text!r}" if text is not None else "This request"
+        nearest = f"{reading.task} ({reading.description!r}, {reading.confidence:.2f})"
+        heard = f"{request} is none of this generator's tasks: the nearest is {nearest}"
+        if on_unknown == "shrink":
+            return strength * reading.worth, reading
+        if reading.known:
+            return strength, reading
+        if on_unknown == "raise":
+            raise UnknownTaskError(f"{heard}. Ask for one of its tasks, or pass on_unknown='warn', 'shrink' or 'base'.")
+        if on_unknown == "base":
+            return 0.0, reading
+        warnings.warn(
+            f"{heard}, and its adapter may do harm. on_unknown= 'shrink', 'base' or 'raise' do something else.",
+            UnknownTaskWarning,
+            stacklevel=4,
+        )
+        return strength, reading
+
+
+def check_request(on_unknown: str, strength: float) -> None:
+    """Refuse what `generate_adapter` does not take.
+
+    Args:
+        on_unknown (`str`): One of `ON_UNKNOWN`.
+        strength (`float`): A finite number >= 0.
+
+    Raises:
+        `ValueError`: If it is none.
+    """
+    if on_unknown not in ON_UNKNOWN:
+        raise ValueError(f"on_unknown={on_unknown!r} is unknown: choose one of {', '.join(ON_UNKNOWN)}.")
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength) or strength < 0:
+        raise ValueError(f"strength={strength!r} must be a finite number >= 0: 1 is the adapter as it is, 0 the base.")
+
+
+def scaled(state_dict: Mapping[str, Tensor], strength: float) -> dict[str, Tensor]:
+    """An adapter whose dW = B A is multiplied by a number: all of its B are.
+
+    Args:
+        state_dict (`Mapping[str, Tensor]`): Of a LoRA.
+        strength (`float`): Factor.
+
+    Returns:
+        `dict[str, Tensor]`
+    """
+    return {key: tensor * strength if ".lora_B" in key or ".lora_embedding_B" in key else tensor for key, tensor in state_dict.items()}

@@ -1,0 +1,78 @@
+"""The task vectors that a generator is trained on, and those that tell it what it does not know."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..adapters.collection import AdapterCollection
+from ..conditioning import TaskEncoder
+from ..conditioning.phrasings import foreign, phrasings
+
+HELD_OUT_PHRASINGS = 48  # of each task
+EVERY = 5  # of the collection's own vectors, each fifth is kept for the threshold, where a task has as many
+ALIKE = 0.7  # cosine to a task's sentence above which a foreign request may well mean that task
+
+
+@dataclass
+class Conditions:
+    """Task vectors by their use.
+
+    Args:
+        rows (`list[Tensor]`): `[m, d]` of each task: what is trained on.
+        held_out (`list[Tensor]`): `[h, d]` of each task: what the threshold is fitted on.
+        foreign (`Tensor`): `[f, d]` of requests for something else; f is 0 where the encoder reads no text.
+    """
+
+    rows: list[Tensor]
+    held_out: list[Tensor]
+    foreign: Tensor
+
+
+def training_conditions(collection: AdapterCollection, encoder: TaskEncoder | None, count: int, seed: int = 0) -> Conditions:
+    """The task vectors of a collection; with an encoder that reads text, those of phrasings of its tasks' sentences too.
+
+    Args:
+        collection (`AdapterCollection`): With task vectors.
+        encoder (`TaskEncoder`, *optional*): That made them.
+        count (`int`): Sentences that a task should have; a task with fewer gets phrasings of those it has. 0 for none.
+        seed (`int`, defaults to 0): Of the phrasings.
+
+    Returns:
+        [`Conditions`]
+
+    Raises:
+        `ValueError`: If all tasks have the same sentences: nothing tells them apart.
+    """
+    own = [collection.task_vectors[task].float() for task in collection.tasks]
+    rows = list(own)
+    held_out = [part[EVERY - 1 :: EVERY] for part in own]
+    none = own[0][:0]
+    if len(own) > 1 and all(part.shape == own[0].shape and torch.equal(part, own[0]) for part in own[1:]):
+        raise ValueError(
+            f"The task vectors of all {len(own)} tasks are the same, {collection.tasks[0]!r} and the others: describe each task in its own"
+            " words, then collection.encode(encoder)."
+        )
+    if encoder is None or "text" not in encoder.accepts or not count:
+        return Conditions(rows, held_out, none)
+    sentences = [collection.descriptions.get(task) or [] for task in collection.tasks]
+    for index, own_sentences in enumerate(sentences):
+        if not own_sentences:
+            continue
+        if len(own_sentences) < count:
+            said = _say(own_sentences, count - len(own_sentences), seed)
+            rows[index] = torch.cat([rows[index], encoder.encode(said)])
+        held_out[index] = torch.cat([held_out[index], encoder.encode(_say(own_sentences, HELD_OUT_PHRASINGS, seed, held_out=True))])
+    known = F.normalize(encoder.encode([sentence for task in sentences for sentence in task] or ["task"]), dim=1)
+    others = encoder.encode([*foreign(seed), *foreign(seed, held_out=True)])
+    far = (F.normalize(others, dim=1) @ known.T).amax(1) < ALIKE
+    return Conditions(rows, held_out, others[far])
+
+
+def _say(sentences: list[str], count: int, seed: int, held_out: bool = False) -> list[str]:
+    each = math.ceil(count / len(sentences))
+    return [line for sentence in sentences for line in phrasings(sentence, each, seed=seed, held_out=held_out)]
