@@ -33,3 +33,11 @@ def hub(request):
 @pytest.fixture
 def token():
     return TOKEN
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """A folder with a tiny base, tasks of real text, and what `collect` makes of them."""
+    from command_line import make_work
+
+    return make_work(tmp_path_factory.mktemp("work"))

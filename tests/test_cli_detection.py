@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from command_line import run
 from peft import AutoPeftModel, PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -15,7 +16,6 @@ from tiny import florence_processor, florence_reader
 from transformers import Florence2ForConditionalGeneration
 
 from peft_icm import AdapterCollection, ICMGenerator
-from peft_icm.cli import main
 from peft_icm.evaluation.detection import VARIANTS, class_precision
 from peft_icm.tasks import load_tasks
 from peft_icm.tasks.annotated_images import crops
@@ -28,10 +28,6 @@ TRAIN = [
     annotated(),
 ]
 TEST = [annotated(((42, 10, 62, 30), "couch"), ((6, 6, 22, 22), "dog")), annotated(((36, 8, 56, 28), "couch"))]
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

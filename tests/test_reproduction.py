@@ -205,8 +205,15 @@ def test_markdown_of_a_table_is_that_of_its_json():
     assert "| base | 0.25 [0.92] |  |" in table.markdown()
 
 
-def test_command_line_says_what_is_wrong(tmp_path, capsys):
+def test_command_line_says_what_is_wrong(tmp_path, capsys, monkeypatch):
     assert main(["--scale", "demo", "--dry-run", "--work", str(tmp_path)]) == 2
     assert "--dry-run is for --scale paper" in capsys.readouterr().err
     assert main(["--scale", "paper", "--work", str(tmp_path), "-o", str(tmp_path / "results")]) == 2
     assert "has no tasks.json: put the paper's data there" in capsys.readouterr().err
+
+    def bug(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("benchmarks.paper.__main__.reproduce", bug)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["--scale", "demo", "--work", str(tmp_path), "-o", str(tmp_path / "results")])

@@ -53,7 +53,7 @@ def _generator(name: str, **kwargs: Any) -> ICMGenerator:
     return ICMGenerator.from_pretrained(name, **kwargs)
 
 
-def _encoder(name: str) -> TaskEncoder:
+def _encoder(name: str, token: str | None) -> TaskEncoder:
     """`bundled:text`, or `kind:checkpoint`."""
     from .bundled import bundled_encoder
     from .conditioning import ENCODERS, ClipEncoder
@@ -63,7 +63,7 @@ def _encoder(name: str) -> TaskEncoder:
     kind, _, checkpoint = name.partition(":")
     if kind not in ENCODERS or not checkpoint:
         raise ValueError(f"--encoder {name!r} must be bundled:text or KIND:CHECKPOINT with KIND one of {', '.join(sorted(ENCODERS))}.")
-    return ENCODERS[kind].from_pretrained(checkpoint)
+    return ENCODERS[kind].from_pretrained(checkpoint, token=token)
 
 
 def _check_folder(output: str, mark: str) -> None:
@@ -132,7 +132,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     from .training.recipe import check_recipe, training_recipe
     from .training.trainer import ICMTrainer
 
-    collection = AdapterCollection.from_pretrained(args.collection)
+    collection = AdapterCollection.from_pretrained(args.collection, token=args.token)
     encoder = _encode(args, collection)
     training_args = ICMTrainingArguments(
         output_dir=f"{args.output}.work",
@@ -171,9 +171,9 @@ def _encode(args: argparse.Namespace, collection: AdapterCollection) -> TaskEnco
 
     own = collection.encoder
     if own and not args.encoder:
-        encoder = load_task_encoder(own, from_hub=not Path(args.collection).is_dir())
+        encoder = load_task_encoder(own, from_hub=not Path(args.collection).is_dir(), token=args.token)
     else:
-        encoder = _encoder(args.encoder or f"{BUNDLED}text")
+        encoder = _encoder(args.encoder or f"{BUNDLED}text", args.token)
     tasks = load_tasks(args.tasks) if args.tasks else []
     pictures = {task.name: crops(task.train_images, task.label, args.pictures) for task in tasks if isinstance(task, DetectionTask)}
     had = set(collection.task_vectors) == set(collection.tasks)
@@ -274,9 +274,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from .tasks import load_tasks
     from .tasks.detection import DetectionTask
 
-    generator = _generator(args.generator)
-    collection = AdapterCollection.from_pretrained(args.collection)
-    processor = AutoProcessor.from_pretrained(generator.load_base().name_or_path)
+    generator = _generator(args.generator, token=args.token)
+    collection = AdapterCollection.from_pretrained(args.collection, token=args.token)
+    processor = AutoProcessor.from_pretrained(generator.load_base().name_or_path, token=args.token)
     own = {task: collection.final(task) for task in collection.tasks}
     tasks: Any = load_tasks(args.tasks)
     options = {"seeds": args.seeds, "batch_size": args.batch_size}
@@ -319,7 +319,7 @@ def push(args: argparse.Namespace) -> dict[str, Any]:
     elif held == ADAPTER:
         info = push_adapter(folder, args.repo_id, with_base_model=args.with_base_model, **options)
     else:
-        generator = _generator(str(folder))
+        generator = _generator(str(folder), token=args.token)
         report = _memorisation(generator, args.with_report, args.token) if args.with_report else None
         info = generator.push_to_hub(args.repo_id, report=report, with_base_model=args.with_base_model, **options)
     _say(args, str(info.commit_url))
@@ -392,15 +392,16 @@ def _terminate(*_: Any) -> NoReturn:
 
 
 def _errors_of_users() -> tuple[type[Exception], ...]:
-    """What a person can cause, and no bug: everything that libraries raise for files and answers that are wrong."""
+    """What a person can cause, and no bug: everything that libraries raise for files and answers that are wrong, and too little memory."""
     from pickle import UnpicklingError
 
-    from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+    from huggingface_hub.errors import HTTPError, StrictDataclassError
     from PIL.Image import DecompressionBombError
     from safetensors import SafetensorError
 
-    known = (HfHubHTTPError, StrictDataclassError, SafetensorError, DecompressionBombError, UnpicklingError)
-    return (ValueError, OSError, RuntimeError, *known)
+    known = (ValueError, OSError, HTTPError, StrictDataclassError, SafetensorError, DecompressionBombError, UnpicklingError)
+    torch = sys.modules.get("torch")  # what was wrong before it was imported is told without it
+    return (*known, torch.OutOfMemoryError) if torch else known
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """The options of each verb of the command line.
 
 No default is written twice: options that are fields of a dataclass or parameters of a function read theirs from there. transformers'
-HfArgumentParser would show all 150 fields of TrainingArguments, under their long names.
+HfArgumentParser would do no more and could do less: it cannot read ICMConfig (annotations that a strict config inherits do not resolve)
+nor parameters of a function, and shows every field of TrainingArguments, those that the verb decides too.
 """
 
 from __future__ import annotations
@@ -77,6 +78,11 @@ def train_options(p: argparse.ArgumentParser) -> None:
     own("--phrasings", "phrasings", "sentences that each task should have; one with fewer gets phrasings of those it has; 0 for none")
     p.add_argument("--seed", type=int, default=0, help="seed of weights and episodes")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT.work")
+    _token(p)
+
+
+def _token(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--token", help="access token; by default the stored one")
 
 
 def _fields(p: argparse.ArgumentParser, source: Callable[..., Any]) -> Callable[..., None]:
@@ -103,7 +109,7 @@ def _request_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--example", action="append", help="an example of the task instead of a text; may be repeated")
     p.add_argument("--image", metavar="FILE", action="append", help="a picture of the task, alone or beside a text; may be repeated")
     p.add_argument("--revision", help="revision of the generator's repo")
-    p.add_argument("--token", help="access token; by default the stored one")
+    _token(p)
 
 
 def read_options(p: argparse.ArgumentParser) -> None:
@@ -140,6 +146,7 @@ def evaluate_options(p: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='score these sentences instead: JSON of the form {"known": {"task": ["a sentence"]}, "unknown": ["a sentence"]}',
     )
+    _token(p)
     p.add_argument("-o", "--output", help="JSON file of the report; a plot is drawn beside it")
 
 
@@ -152,4 +159,4 @@ def push_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--private", action="store_true", help="create a private repo")
     p.add_argument("--revision", help="branch")
     p.add_argument("--create-pr", action="store_true", help="open a pull request")
-    p.add_argument("--token", help="access token; by default the stored one")
+    _token(p)

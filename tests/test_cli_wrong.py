@@ -1,0 +1,208 @@
+"""What goes wrong on the command line: exit code 2 and one line that says what to do; of a bug, the traceback."""
+
+import errno
+import json
+import signal
+from pickle import UnpicklingError
+
+import pytest
+import torch
+from command_line import SENTENCE, run
+from hub_server import TOKEN
+from huggingface_hub.errors import HTTPError, StrictDataclassError
+from PIL import Image
+from safetensors import SafetensorError
+from test_training import tiny_collection
+from tiny import generator
+
+from peft_icm import ICMGenerator, bundled_generator
+from peft_icm.cli import main
+
+
+class TestWrong:
+    """Exit code 2, one line that says what to do, nothing written."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["generate", "bundled:text", "", "-o", "OUT"], "must be a non-empty sentence"),
+            (["generate", "bundled:text", "-o", "OUT"], "encoder reads, text= and/or images=, or task_vector= alone; found none of them"),
+            (
+                ["generate", "bundled:text", "--example", "x", "-o", "OUT"],
+                "encoder reads, text= and/or images=, or task_vector= alone; found examples=",
+            ),
+            (["generate", "bundled:text", "--image", "EMPTY", "-o", "OUT"], "is no picture that can be opened"),
+            (["generate", "bundled:encoder", SENTENCE, "-o", "OUT"], "no bundled generator 'encoder': choose one of"),
+            (["generate", "bundled:nope", SENTENCE, "-o", "OUT"], "no bundled generator 'nope': choose one of detection, text"),
+            (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--temperature", "-1"], "temperature=-1.0 must be a finite number >= 0"),
+            (["generate", "org/misspelt", SENTENCE, "-o", "OUT"], "org/misspelt"),
+            (["generate", "no/such/folder", SENTENCE, "-o", "OUT"], "no/such/folder"),
+            (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--base-model", "BASE"], "expected"),
+            (["collect", "BASE", "--tasks", "EMPTY", "-o", "OUT"], "needs a tasks.json"),
+            (["collect", "BASE", "--tasks", "TASKS", "-o", "OUT", "--rank", "0"], "rank"),
+            (["collect", "BASE", "--tasks", "TASKS", "-o", "OUT", "--shard", "5/2"], "shard='5/2' must be 'i/n'"),
+            (["train", "EMPTY", "-o", "OUT"], "no adapter collection"),
+            (
+                ["train", "COLLECTION", "-o", "OUT", "--encoder", "bert:x"],
+                "KIND:CHECKPOINT with KIND one of clip, hidden_state, sentence",
+            ),
+            (["evaluate", "bundled:text", "--tasks", "EMPTY", "--collection", "COLLECTION"], "needs a tasks.json"),
+            (["push", "EMPTY", "org/name"], "holds no generator, no adapter and no collection"),
+        ],
+    )
+    def test_is_one_line(self, work, hub, tmp_path, capsys, arguments, message):
+        (tmp_path / "empty").mkdir()
+        places = {
+            "OUT": tmp_path / "out",
+            "EMPTY": tmp_path / "empty",
+            "BASE": work / "base",
+            "TASKS": work / "tasks",
+            "COLLECTION": work / "collection",
+        }
+        assert run(*(places.get(argument, argument) for argument in arguments)) == 2
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert errors[-1].startswith("peft-icm: error: ") and message in errors[-1]
+        assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+    def test_a_truncated_generator(self, tmp_path, capsys):
+        ICMGenerator.from_pretrained(bundled_generator("text")).save_pretrained(tmp_path / "g")
+        file = tmp_path / "g" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1000])
+        assert run("generate", tmp_path / "g", SENTENCE, "-o", tmp_path / "out") == 2
+        assert "model.safetensors" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+    def test_an_unknown_verb_and_a_missing_option(self, capsys):
+        for arguments in (["dance"], ["generate", "bundled:text", SENTENCE]):
+            with pytest.raises(SystemExit) as stop:
+                main(arguments)
+            assert stop.value.code == 2
+
+    def test_no_token(self, work, hub, capsys):
+        assert run("push", work / "collection", "org/loras") == 2
+        assert "401" in capsys.readouterr().err
+
+
+class TestPushWithReport:
+    """What cannot be reported on is refused before anything is pushed."""
+
+    def refused(self, hub, capsys, folder, collection):
+        assert run("push", folder, "org/tiny", "--token", TOKEN, "--with-report", collection) == 2
+        assert not hub.repos
+        return capsys.readouterr().err
+
+    def test_what_is_no_generator(self, work, hub, tmp_path, capsys):
+        (tmp_path / "adapter_config.json").write_text("{}")
+        for folder, held in ((work / "collection", "a collection"), (tmp_path, "an adapter")):
+            assert f"--with-report is for generators, {folder} holds {held}" in self.refused(hub, capsys, folder, work / "collection")
+
+    def test_a_collection_that_does_not_fit(self, work, hub, tmp_path, capsys):
+        generator().save_pretrained(tmp_path / "g")
+        assert "another layout than the generator: lora_alpha: expected 8, found 4" in self.refused(
+            hub, capsys, tmp_path / "g", work / "collection"
+        )
+        collection = tiny_collection()
+        collection.encoder = {"kind": "clip", "sha256": "1" * 64}
+        collection.save_pretrained(tmp_path / "c")
+        assert f"by the encoder of sha256 {'1' * 12}" in self.refused(hub, capsys, tmp_path / "g", tmp_path / "c")
+        collection.task_vectors, collection.encoder = {}, None
+        collection.save_pretrained(tmp_path / "c")
+        assert "no task vectors for 'task0'" in self.refused(hub, capsys, tmp_path / "g", tmp_path / "c")
+        assert "is neither a folder nor a dataset repo" in self.refused(hub, capsys, tmp_path / "g", "org/none")
+
+
+class TestOutput:
+    """Looked at before the work: a file, a folder of something else, or one that nobody may write to."""
+
+    @pytest.mark.parametrize("verb", ["demo", "collect", "train", "generate"])
+    @pytest.mark.parametrize("kind", ["file", "link", "folder", "below a file"])
+    def test_is_refused_first(self, work, tmp_path, capsys, monkeypatch, verb, kind):
+        output = tmp_path / "out"
+        if kind == "file":
+            output.write_text("mine")
+        elif kind == "link":
+            output.symlink_to(tmp_path / "nowhere")
+        elif kind == "folder":
+            output.mkdir()
+            (output / "mine").write_text("mine")
+        else:
+            (tmp_path / "file").write_text("mine")
+            output = tmp_path / "file" / "out"
+        before = sorted(tmp_path.rglob("*"))
+        arguments = {
+            "demo": [],
+            "collect": [work / "base", "--tasks", work / "tasks"],
+            "train": [work / "collection"],
+            "generate": ["bundled:text", SENTENCE],
+        }[verb]
+        assert run(verb, *arguments, "-o", output) == 2
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert len(errors) == 1 and f"--output {output}" in errors[0]
+        assert sorted(tmp_path.rglob("*")) == before
+
+    def test_an_older_adapter_is_replaced_and_an_empty_folder_filled(self, tmp_path):
+        (tmp_path / "a").mkdir()
+        for _ in range(2):
+            assert run("generate", "bundled:text", SENTENCE, "-o", tmp_path / "a") == 0
+
+    def test_of_a_report(self, work, tmp_path, capsys):
+        for output in (tmp_path, tmp_path / "none" / "report.json"):
+            arguments = ["bundled:text", "--tasks", work / "tasks", "--collection", work / "collection"]
+            assert run("evaluate", *arguments, "-o", output) == 2
+            assert f"--output {output} must be a JSON file in a folder that exists" in capsys.readouterr().err
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            OSError(errno.ENOSPC, "No space left on device"),
+            SafetensorError("I/O error:\n File too large"),
+            Image.DecompressionBombError("too many pixels"),
+            UnpicklingError("no pickle"),
+            StrictDataclassError("field\n  wrong"),
+            json.JSONDecodeError("Expecting value", "", 0),
+            HTTPError("timed out"),
+            torch.OutOfMemoryError("CUDA out of memory.\n Tried to allocate 2 GiB"),
+        ],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_of_libraries_are_one_line_and_debug_shows_where(self, tmp_path, capsys, monkeypatch, error):
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr("peft_icm.generator.modeling_icm.ICMGenerator.from_pretrained", fail)
+        arguments = ["generate", "bundled:text", SENTENCE, "-o", tmp_path / "a"]
+        assert run(*arguments) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("peft-icm: error: ")
+        for shown in (["--debug", *arguments], [*arguments, "--debug"]):
+            with pytest.raises(type(error)) as raised:
+                run(*shown)
+            assert raised.value is error
+
+    @pytest.mark.parametrize("bug", [KeyError("bug"), RuntimeError("bug"), TypeError("bug"), AssertionError("bug")])
+    def test_a_bug_is_a_traceback(self, tmp_path, monkeypatch, bug):
+        def fail(*_, **__):
+            raise bug
+
+        monkeypatch.setattr("peft_icm.generator.modeling_icm.ICMGenerator.from_pretrained", fail)
+        with pytest.raises(type(bug), match="bug"):
+            run("generate", "bundled:text", SENTENCE, "-o", tmp_path / "a")
+
+    def test_of_the_hub_are_one_line(self, work, hub, tmp_path, capsys):
+        hub.trouble = {"/api": (500, "")}
+        assert run("generate", "org/generator", SENTENCE, "-o", tmp_path / "a") == 2
+        said = "peft-icm: error: org/generator could not be read, the Hub answered 500: try again later.\n"
+        assert capsys.readouterr().err == said
+        assert run("push", work / "collection", "org/loras", "--token", TOKEN) == 2
+        assert capsys.readouterr().err == "peft-icm: error: org/loras was not pushed, the Hub answered 500: try again later.\n"
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_signals(self, tmp_path, monkeypatch, number, code):
+        monkeypatch.setattr("peft_icm.generator.modeling_icm.ICMGenerator.from_pretrained", lambda *_, **__: signal.raise_signal(number))
+        handlers = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            assert run("generate", "bundled:text", SENTENCE, "-o", tmp_path / "a") == code
+        finally:
+            signal.signal(signal.SIGINT, handlers[1])
+        assert signal.getsignal(signal.SIGTERM) == handlers[0]
