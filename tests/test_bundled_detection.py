@@ -78,7 +78,7 @@ def test_text_pictures_and_both_ask_for_the_same_adapter(sofas):
 
 def test_what_is_bundled_is_small_licensed_and_free_of_pickles():
     files = [file for file in BUNDLES.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 25_000_000
+    assert sum(file.stat().st_size for file in files) < 45_000_000
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".pkl")]
     assert (BASE / "config.json").is_file() and (BASE / "tokenizer.json").is_file()
     licences = (bundled_folder("detection") / "LICENSES.md").read_text()

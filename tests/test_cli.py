@@ -91,7 +91,8 @@ class TestTaskVectors:
         return ICMGenerator.from_pretrained(folder).statistics.condition_mean
 
     def test_are_kept_and_it_says_so(self, collection, tmp_path, capsys):
-        assert run("train", tmp_path / "c", "-o", tmp_path / "g", "--epochs", 1) == 0
+        plain = ("--phrasings", 0, "--condition-space", "none")
+        assert run("train", tmp_path / "c", "-o", tmp_path / "g", "--epochs", 1, *plain) == 0
         assert "Task vectors: the collection's own, by the clip encoder" in capsys.readouterr().out
         own = torch.cat(list(collection.task_vectors.values())).mean(0)
         torch.testing.assert_close(self.center(tmp_path / "g"), own, rtol=1e-4, atol=1e-5)
@@ -99,7 +100,8 @@ class TestTaskVectors:
     def test_make_way_for_an_encoder_that_is_asked_for(self, collection, tmp_path, capsys):
         collection.encoder["sha256"] = "1" * 64
         collection.save_pretrained(tmp_path / "c")
-        arguments = ["train", tmp_path / "c", "-o", tmp_path / "g", "--epochs", 1]
+        plain = ("--phrasings", 0, "--condition-space", "none")
+        arguments = ["train", tmp_path / "c", "-o", tmp_path / "g", "--epochs", 1, *plain]
         assert run(*arguments) == 2  # the collection's own cannot be had, and no other is taken in its place
         capsys.readouterr()
         assert run(*arguments, "--encoder", "bundled:text") == 0

@@ -5,7 +5,9 @@ import json
 import shutil
 
 import pytest
+from open_clip.tokenizer import default_bpe
 from PIL import Image
+from test_conditioning import clip
 
 from peft_icm.bundled import bundled_encoder
 from peft_icm.conditioning import ClipEncoder, load_task_encoder
@@ -39,6 +41,14 @@ def checkpoint(tmp_path):
     return tmp_path / "encoder"
 
 
+@pytest.fixture
+def with_merges(tmp_path):
+    """A checkpoint whose text tower and tokenizer are open_clip's own."""
+    clip().save_pretrained(tmp_path / "own")
+    shutil.copy(default_bpe(), tmp_path / "own" / "bpe_merges.txt.gz")
+    return tmp_path / "own"
+
+
 def change(checkpoint, path, value):
     file = checkpoint / "open_clip_config.json"
     config = json.loads(file.read_text())
@@ -58,12 +68,12 @@ def test_a_field_that_is_not_known_to_be_harmless_is_refused(checkpoint, path):
     assert "\n" not in str(caught.value) and path in str(caught.value)
 
 
-def test_merges_that_unpack_to_gigabytes_are_refused(checkpoint):
-    with gzip.open(checkpoint / "bpe_merges.txt.gz", "wb", compresslevel=9) as file:
+def test_merges_that_unpack_to_gigabytes_are_refused(with_merges):
+    with gzip.open(with_merges / "bpe_merges.txt.gz", "wb", compresslevel=9) as file:
         for _ in range(300):
             file.write(b"a a\n" * 2**18)
     with pytest.raises(ValueError, match="bpe_merges"):
-        ClipEncoder.from_pretrained(str(checkpoint))
+        ClipEncoder.from_pretrained(str(with_merges))
 
 
 def reversed_merges(checkpoint):
@@ -72,10 +82,71 @@ def reversed_merges(checkpoint):
     file.write_bytes(gzip.compress(b"\n".join([first, *rest[::-1]])))
 
 
+def other_words(checkpoint):
+    file = checkpoint / "text" / "tokenizer.json"
+    document = json.loads(file.read_text())
+    vocabulary = document["model"]["vocab"]
+    vocabulary["dog"], vocabulary["cat"] = vocabulary["cat"], vocabulary["dog"]
+    file.write_text(json.dumps(document))
+
+
+def test_the_hash_covers_merges(with_merges):
+    config = ClipEncoder.from_pretrained(str(with_merges)).config
+    reversed_merges(with_merges)
+    with pytest.raises(ValueError, match="has tokenizer and configs of sha256"):
+        load_task_encoder(config)
+
+
+class TestTextTowerOfTransformers:
+    def test_another_folder_is_not_read(self, checkpoint):
+        change(checkpoint, "model_cfg.text_cfg.hf_model_name", "../elsewhere")
+        with pytest.raises(ValueError, match="hf_model_name is '../elsewhere', it must be one of null, \"text\""):
+            ClipEncoder.from_pretrained(str(checkpoint))
+
+    def test_no_folder(self, checkpoint):
+        shutil.rmtree(checkpoint / "text")
+        with pytest.raises((ValueError, OSError), match="cannot be loaded") as caught:
+            ClipEncoder.from_pretrained(str(checkpoint))
+        assert "\n" not in str(caught.value)
+
+    def test_a_link_out_of_the_folder(self, checkpoint, tmp_path):
+        (checkpoint / "text").rename(tmp_path / "elsewhere")
+        (checkpoint / "text").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(ValueError, match="leads out of"):
+            ClipEncoder.from_pretrained(str(checkpoint))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"model_type": "electra"}, "model_type is 'electra', it must be one of bert, roberta, xlm-roberta"),
+            ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
+            ({"vocab_size": 100}, "must be of one model|cannot be loaded"),
+        ],
+    )
+    def test_a_config_that_is_none(self, checkpoint, changes, message):
+        file = checkpoint / "text" / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        with pytest.raises(ValueError, match=message):
+            ClipEncoder.from_pretrained(str(checkpoint))
+
+    def test_saved_in_as_few_bits(self, checkpoint, tmp_path):
+        encoder = ClipEncoder.from_pretrained(str(checkpoint))
+        encoder.save_pretrained(tmp_path / "again")
+        again = ClipEncoder.from_pretrained(str(tmp_path / "again"))
+        assert {**again.config, "checkpoint": ""} == {**encoder.config, "checkpoint": ""}
+        sizes = [sum(file.stat().st_size for file in folder.rglob("*.safetensors")) for folder in (checkpoint, tmp_path / "again")]
+        assert sizes[1] <= sizes[0]
+
+    def test_padding_changes_nothing(self, checkpoint):
+        encoder = ClipEncoder.from_pretrained(str(checkpoint))
+        long = "a sentence that goes on and on, so that the other one is padded to its length"
+        assert (encoder.encode(["detect sofas", long])[0] - encoder.encode(["detect sofas"])[0]).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize(
     "change_it",
-    [reversed_merges, lambda checkpoint: change(checkpoint, "preprocess_cfg.mean", [3, 3, 3])],
-    ids=["merges", "how pictures are prepared"],
+    [other_words, lambda checkpoint: change(checkpoint, "preprocess_cfg.mean", [3, 3, 3])],
+    ids=["words", "how pictures are prepared"],
 )
 def test_the_hash_covers_what_the_weights_do_not_say(checkpoint, change_it):
     config = ClipEncoder.from_pretrained(str(checkpoint)).config
