@@ -227,10 +227,10 @@ class ClipEncoder(TaskEncoder):
 
 def _text_folder(folder: Path, model_cfg: dict[str, Any]) -> str:
     """The folder of a checkpoint's text tower, its config checked."""
-    text = folder / TEXT_FOLDER
+    text = inside(folder, TEXT_FOLDER)  # not its files: those of the Hub's cache are links into its blobs
     if not model_cfg.get("custom_text"):
         raise ValueError(f"{folder / CONFIG}: model_cfg.text_cfg.hf_model_name needs model_cfg.custom_text to be true.")
-    config = load_config(str(inside(folder, f"{TEXT_FOLDER}/config.json").parent))
+    config = load_config(str(text))
     if config.model_type not in TEXT_MODELS:
         raise ValueError(f"{text / 'config.json'}: model_type is {config.model_type!r}, it must be one of {', '.join(TEXT_MODELS)}.")
     return str(text)
