@@ -68,6 +68,10 @@ def test_llama3_pile_at_demo_size(tmp_path):
 def test_florence2_coco_at_demo_size(tmp_path):
     output = run("florence2_coco.py", tmp_path, "--demo")
     assert "5 tasks, P = 27,492" in output and "text+pictures" in output and "motorbike" in output
+    report = json.loads((tmp_path / "florence2-coco" / "report.json").read_text())
+    assert [row["name"] for row in report["tasks"]] == ["dog", "bicycle", "cat", "sofa", "motorbike"]
+    for one, other in (("own", "base"), ("generated", "base"), ("pictures", "generated")):  # the path: so few epochs gain little
+        assert any(row[one] != row[other] for row in report["tasks"])
     assert (tmp_path / "florence2-coco" / "task_vectors.png").is_file() and (tmp_path / "florence2-coco" / "report.png").is_file()
 
 
