@@ -22,6 +22,7 @@ FLOORS = [
     {"baselines"},
     {"evaluation"},
     {"demo", "metrics", "cli_options"},
+    {"cli_verbs"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

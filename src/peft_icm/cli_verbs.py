@@ -1,0 +1,340 @@
+"""The verbs of the command line; each returns what --json prints.
+
+What is heavy is imported by the verb that needs it, so that help and wrong options need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cli_options import chosen
+
+if TYPE_CHECKING:
+    from .adapters.collection import AdapterCollection
+    from .conditioning import TaskEncoder
+    from .generator.modeling_icm import ICMGenerator
+
+BUNDLED = "bundled:"
+ADAPTER, COLLECTION, GENERATOR = "adapter_config.json", "collection.json", "config.json"  # what tells a folder of each kind
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Import torch and what is on it without the garbage collector: all of it stays, and searching it takes a third of a short run."""
+    if "torch" in sys.modules or not gc.isenabled():  # main() was called by a program with objects, or an opinion, of its own
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _generator(name: str, **kwargs: Any) -> ICMGenerator:
+    """`bundled:text`, a folder or a Hub id."""
+    from .bundled import bundled_generator
+    from .generator.modeling_icm import ICMGenerator
+
+    name = bundled_generator(name.removeprefix(BUNDLED)) if name.startswith(BUNDLED) else name
+    return ICMGenerator.from_pretrained(name, **kwargs)
+
+
+def _encoder(name: str, token: str | None) -> TaskEncoder:
+    """`bundled:text`, or `kind:checkpoint`."""
+    from .bundled import bundled_encoder
+    from .conditioning import ENCODERS, ClipEncoder
+
+    if name == f"{BUNDLED}text":
+        return ClipEncoder.from_pretrained(bundled_encoder())
+    kind, _, checkpoint = name.partition(":")
+    if kind not in ENCODERS or not checkpoint:
+        raise ValueError(f"--encoder {name!r} must be bundled:text or KIND:CHECKPOINT with KIND one of {', '.join(sorted(ENCODERS))}.")
+    return ENCODERS[kind].from_pretrained(checkpoint, token=token)
+
+
+def _check_folder(output: str, mark: str) -> None:
+    """Refuse before the work what could not be written after it: `output` is new, empty, or an older folder of the same kind."""
+    folder = Path(output)
+    if folder.is_dir():
+        if any(folder.iterdir()) and not (folder / mark).is_file():
+            raise ValueError(f"--output {output} holds files of something else (no {mark}): choose a new or an empty folder.")
+    elif os.path.lexists(folder):
+        raise ValueError(f"--output {output} is no folder: choose a new or an empty folder.")
+    _check_writable(folder)
+
+
+def _check_writable(path: Path) -> None:
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not (there.is_dir() or there == path) or not os.access(there, os.W_OK):
+        raise OSError(f"--output {path} cannot be written: {there} is no folder that you may write to.")
+
+
+# ---------------------------------------------------------------------- verbs
+def demo(args: argparse.Namespace) -> dict[str, Any]:
+    """Bundled generator, bundled text or pictures: a sentence becomes an adapter."""
+    _check_folder(args.output, "adapter/adapter_config.json")
+    with _importing():
+        from .demo.run import run_demo
+
+    return run_demo(args.output, args.task, full=args.full, quiet=args.json)
+
+
+def collect_(args: argparse.Namespace) -> dict[str, Any]:
+    """One LoRA per task; a second start goes on where the first was stopped."""
+    _check_folder(args.output, COLLECTION)
+    from peft import LoraConfig
+
+    from .collecting import CollectingArguments, collect
+    from .tasks import load_tasks
+    from .tasks.detection import DetectionTask
+
+    tasks = load_tasks(args.tasks)
+    detection = isinstance(tasks[0], DetectionTask)
+    targets = args.target_modules[0] if args.target_modules == ["all-linear"] else args.target_modules
+    # PEFT knows no task type for a vision-language model: any other breaks AutoPeftModel and names the wrong pipeline on the card.
+    lora = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=targets, task_type=None if detection else "CAUSAL_LM")
+    pictures = {"location_step": args.location_step, "negatives": args.negatives, "images_per_epoch": args.blocks_per_epoch}
+    texts = {"block_size": args.block_size, "blocks_per_epoch": args.blocks_per_epoch}
+    recipe = CollectingArguments(
+        output_dir=f"{args.output}.work", dataset_kwargs=pictures if detection else texts, **chosen(args, CollectingArguments)
+    )
+    collection = collect(args.base_model, tasks, lora, recipe)
+    if collection is None:
+        _say(args, f"This shard is done; other tasks are not finished yet. Run again with the same {args.output} to gather them.")
+        return {"finished": False, "collection": None}
+    collection.save_pretrained(args.output)
+    _say(args, f"{len(collection.tasks)} tasks, P = {collection.layout.numel:,}: {args.output}")
+    return {"finished": True, "collection": args.output, "tasks": collection.tasks, "numel": collection.layout.numel}
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """Train a generator on a collection."""
+    _check_folder(args.output, GENERATOR)
+    from transformers import PrinterCallback
+
+    from .adapters.collection import AdapterCollection
+    from .generator.configuration_icm import ICMConfig
+    from .training.arguments import ICMTrainingArguments
+    from .training.recipe import check_recipe, training_recipe
+    from .training.trainer import ICMTrainer
+
+    collection = AdapterCollection.from_pretrained(args.collection, token=args.token)
+    encoder = _encode(args, collection)
+    training_args = ICMTrainingArguments(
+        output_dir=f"{args.output}.work",
+        lr_scheduler_type="cosine",
+        seed=args.seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_strategy="epoch",
+        disable_tqdm=args.json,
+        **chosen(args, ICMTrainingArguments),
+    )
+    config = ICMConfig(context=not args.no_context, **chosen(args, ICMConfig))
+    check_recipe(f"{args.output}.work", training_recipe(collection, config, training_args), resume=args.resume)
+    trainer = ICMTrainer(config, training_args, collection=collection, encoder=encoder)
+    if args.json:
+        trainer.remove_callback(PrinterCallback)  # it prints the log on stdout
+    # trainer_state.json is written last: a checkpoint without it was cut short
+    complete = Path(f"{args.output}.work").glob("checkpoint-*/trainer_state.json")
+    steps = {file.parent.name.removeprefix("checkpoint-"): file.parent for file in complete} if args.resume else {}
+    last = max((step for step in steps if step.isdigit()), key=int, default=None)
+    trainer.train(resume_from_checkpoint=str(steps[last]) if last else None)
+    trainer.generator.save_pretrained(args.output)
+    training = trainer.generator.config.training or {}
+    figures = {metric["type"]: metric["value"] for metric in training["metrics"]}
+    _say(args, f"{args.output}: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
+    return {"generator": args.output, **figures}
+
+
+def _encode(args: argparse.Namespace, collection: AdapterCollection) -> TaskEncoder:
+    """The encoder: --encoder, else the collection's own, else the bundled one. Vectors that are of it already are kept."""
+    from .conditioning import load_task_encoder
+    from .tasks import load_tasks
+    from .tasks.annotated_images import crops
+    from .tasks.detection import DetectionTask
+
+    own = collection.encoder
+    if own and not args.encoder:
+        encoder = load_task_encoder(own, from_hub=not Path(args.collection).is_dir(), token=args.token)
+    else:
+        encoder = _encoder(args.encoder or f"{BUNDLED}text", args.token)
+    tasks = load_tasks(args.tasks) if args.tasks else []
+    pictures = {task.name: crops(task.train_images, task.label, args.pictures) for task in tasks if isinstance(task, DetectionTask)}
+    had = set(collection.task_vectors) == set(collection.tasks)
+    if had and own and own["sha256"] == encoder.config["sha256"] and not pictures:
+        _say(args, f"Task vectors: the collection's own, by the {encoder.kind} encoder {encoder.config['checkpoint']}.")
+        return encoder
+    collection.encode(encoder, images=pictures)
+    instead = " in the place of the collection's own" if had else ""
+    _say(args, f"Task vectors{instead}: by the {encoder.kind} encoder {encoder.config['checkpoint']}.")
+    return encoder
+
+
+def generate(args: argparse.Namespace) -> dict[str, Any]:
+    """A sentence (or examples, or pictures) becomes a PEFT folder."""
+    _check_folder(args.output, ADAPTER)
+    with _importing():
+        import torch
+
+        from .adapters.saving import save_adapter
+        from .generator import modeling_icm  # noqa: F401
+
+    generator = _generator(args.generator, revision=args.revision, token=args.token)
+    heard = _hear(args, generator)
+    with _one_line_warnings():
+        model = generator.generate_adapter(
+            args.text,
+            args.base_model,
+            examples=args.example,
+            images=args.image,
+            temperature=args.temperature,
+            generator=torch.Generator().manual_seed(args.seed),
+            on_unknown=args.on_unknown,
+            strength=args.strength,
+        )
+    folder = save_adapter(model, args.output)
+    base = model.peft_config["default"].base_model_name_or_path
+    _say(args, f"{folder}: {generator.layout.numel:,} numbers for {base}")
+    numel = generator.layout.numel
+    facts = {"adapter": str(folder.resolve()), "base_model": base, "text": args.text, "seed": args.seed, "numel": numel}
+    return {**facts, "heard": heard}
+
+
+def read(args: argparse.Namespace) -> dict[str, Any]:
+    """Tell which task a generator hears in a request, and whether it knows it."""
+    with _importing():
+        from .generator import modeling_icm  # noqa: F401
+
+    generator = _generator(args.generator, revision=args.revision, token=args.token)
+    heard = _hear(args, generator)
+    if heard is None:
+        raise ValueError(f"{args.generator} names no tasks in its config: it cannot tell what it hears.")
+    for name, probability in list(heard["tasks"].items())[: args.top]:
+        _say(args, f"{name:24} {probability:5.2f} {'#' * round(40 * probability)}")
+    threshold = heard["threshold"]
+    if threshold is None:
+        _say(args, "This generator has no threshold: it takes any request for known.")
+    else:
+        _say(args, f"{'familiarity':24} {heard['familiarity']:5.2f} {'#' * round(40 * heard['familiarity'])}")
+        _say(args, f"{'threshold':24} {threshold:5.2f} {'#' * round(40 * threshold)}  {'known' if heard['known'] else 'unknown'}")
+    return heard
+
+
+def _hear(args: argparse.Namespace, generator: ICMGenerator) -> dict[str, Any] | None:
+    """What `read` returns of a request, after one line that says it; `None` where the generator names no tasks."""
+    if not generator.config.tasks:
+        return None
+    reading = generator.read(args.text, examples=args.example, images=args.image)
+    _say(args, f"{reading}: {reading.description}")
+    return {**asdict(reading), "task": reading.task, "known": reading.known, "confidence": reading.confidence, "worth": reading.worth}
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Warnings as the command line says them: one line, without the place in the code."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    from .generator.requests import UnknownTaskWarning
+
+    for warning in caught:
+        if issubclass(warning.category, UnknownTaskWarning):
+            print(f"peft-icm: warning: {warning.message}", file=sys.stderr)
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Score a generator on held-out text or pictures against each task's own LoRA."""
+    if args.output:
+        if Path(args.output).is_dir() or not Path(args.output).absolute().parent.is_dir():
+            raise ValueError(f"--output {args.output} must be a JSON file in a folder that exists.")
+        _check_writable(Path(args.output))
+    from transformers import AutoProcessor
+
+    from .adapters.collection import AdapterCollection
+    from .disk import replacing_file
+    from .evaluation.detection import DetectionEvaluation, evaluate_detection
+    from .evaluation.requests import evaluate_requests, load_requests
+    from .evaluation.text import Evaluation, evaluate_generator
+    from .tasks import load_tasks
+    from .tasks.detection import DetectionTask
+
+    generator = _generator(args.generator, token=args.token)
+    collection = AdapterCollection.from_pretrained(args.collection, token=args.token)
+    processor = AutoProcessor.from_pretrained(generator.load_base().name_or_path, token=args.token)
+    own = {task: collection.final(task) for task in collection.tasks}
+    tasks: Any = load_tasks(args.tasks)
+    options = {"seeds": args.seeds, "batch_size": args.batch_size}
+    report: Any
+    kind: Any = DetectionEvaluation if isinstance(tasks[0], DetectionTask) else Evaluation
+    if args.requests:
+        known, unknown = load_requests(args.requests, [task.name for task in tasks])
+        some = [task for task in tasks if task.name in known]
+        report = evaluate_requests(kind, generator, processor, some, own, known, unknown, seed=args.seeds[0], batch_size=args.batch_size)
+    elif kind is DetectionEvaluation:
+        report = evaluate_detection(generator, processor, tasks, own, **options)
+    else:
+        report = evaluate_generator(generator, processor, tasks, own, **options)
+    result = report.to_dict()
+    if args.output:
+        with replacing_file(args.output) as file:
+            file.write_text(json.dumps(result, indent=1))
+        report.plot(Path(args.output).with_suffix(".png"))
+    _say(args, report.table())
+    return result
+
+
+def push(args: argparse.Namespace) -> dict[str, Any]:
+    """Push a generator, a generated adapter or a collection to the Hub, with its card."""
+    folder = Path(args.folder)
+    held = next((mark for mark in (COLLECTION, ADAPTER, GENERATOR) if (folder / mark).is_file()), None)
+    what = {COLLECTION: "a collection", ADAPTER: "an adapter"}
+    if held is None:
+        raise ValueError(f"{folder} holds no generator, no adapter and no collection.")
+    if args.with_report and held in what:
+        raise ValueError(f"--with-report is for generators, {folder} holds {what[held]}: push it without.")
+    if args.with_base_model and held == COLLECTION:
+        raise ValueError(f"--with-base-model is for generators and adapters, {folder} holds a collection: push it without.")
+    options = {"private": args.private or None, "revision": args.revision, "create_pr": args.create_pr, "token": args.token}
+    from .adapters.collection import AdapterCollection
+    from .adapters.saving import push_adapter
+
+    if held == COLLECTION:
+        info = AdapterCollection.from_pretrained(folder).push_to_hub(args.repo_id, **options)
+    elif held == ADAPTER:
+        info = push_adapter(folder, args.repo_id, with_base_model=args.with_base_model, **options)
+    else:
+        generator = _generator(str(folder), token=args.token)
+        report = _memorisation(generator, args.with_report, args.token) if args.with_report else None
+        info = generator.push_to_hub(args.repo_id, report=report, with_base_model=args.with_base_model, **options)
+    _say(args, str(info.commit_url))
+    return {"repo_id": args.repo_id, "commit": info.oid, "url": str(info.commit_url)}
+
+
+def _memorisation(generator: ICMGenerator, name: str, token: str | None) -> dict[str, Any]:
+    """The report from a collection; one that `collect` wrote has no task vectors, the generator's own encoder makes them."""
+    from .adapters.collection import AdapterCollection
+    from .evaluation.memorisation import memorisation_report
+
+    collection = AdapterCollection.from_pretrained(name, token=token)
+    if not collection.task_vectors and generator.config.encoder:
+        collection.encode(generator.encoder)
+    return memorisation_report(generator, collection)
+
+
+def _say(args: argparse.Namespace, line: str) -> None:
+    if not args.json:
+        print(line, flush=True)
