@@ -80,7 +80,7 @@ def spread(base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, args
     """[`work`] in `args.num_workers` processes, each with its share of the threads and one GPU.
 
     Raises:
-        `RuntimeError`: If a worker failed.
+        `ChildProcessError`: If a worker failed.
     """
     context = multiprocessing.get_context("spawn")
     count = min(args.num_workers, len(tasks))
@@ -106,7 +106,7 @@ def spread(base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, args
             worker.terminate()
             worker.join()
     if failed := [worker.exitcode for worker in workers if worker.exitcode]:
-        raise RuntimeError(
+        raise ChildProcessError(
             f"{len(failed)} of {count} workers failed (exit code {failed[0]}); finished tasks are kept in {args.output_dir}."
         )
 
