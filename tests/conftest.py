@@ -41,3 +41,14 @@ def work(tmp_path_factory):
     from command_line import make_work
 
     return make_work(tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A tiny Llama in a folder."""
+    import torch
+    from tiny import llama
+
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"

@@ -37,13 +37,6 @@ def generated(folder, base, layout=None, **options):
 
 
 @pytest.fixture
-def base(tmp_path):
-    torch.manual_seed(0)
-    llama().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
 def adapter(base, tmp_path):
     return generated(tmp_path / "adapter", base)[1]
 

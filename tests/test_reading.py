@@ -8,12 +8,12 @@ import torch
 from test_training import arguments, config, tiny_collection
 from tiny import florence, florence_layout, generator, llama, llama_layout
 
-from peft_icm import AdapterCollection, ICMConfig, ICMGenerator, ICMTrainer, UnknownTaskError, UnknownTaskWarning
+from peft_icm import AdapterCollection, ICMConfig, ICMGenerator, ICMTrainer, UnknownTaskError, UnknownTaskWarning, save_adapter
 from peft_icm.bundled import bundled_encoder
 from peft_icm.conditioning import ClipEncoder
 from peft_icm.conditioning.phrasings import phrasings
 from peft_icm.generator.condition_space import SPACES, ConditionSpace, projected_dim
-from peft_icm.generator.reading import HARM, Reading
+from peft_icm.generator.reading import HARM, Reader, Reading
 from peft_icm.training.conditions import training_conditions
 
 TASKS = {"horses": "detect horses", "sonnets": "write sonnets", "contracts": "summarise legal contracts", "pizzas": "find pizzas"}
@@ -198,6 +198,11 @@ class TestOnUnknown:
         assert torch.allclose(delta(self.made(trained, "detect horses", strength=0.5)), 0.5 * plain, atol=1e-6)
         assert delta(self.made(trained, "detect horses", strength=0.0)).abs().max() == 0
 
+    def test_the_card_tells_the_strength(self, trained, tmp_path):
+        halved = (save_adapter(self.made(trained, "detect horses", strength=0.5), tmp_path / "a") / "README.md").read_text()
+        plain = (save_adapter(self.made(trained, "detect horses"), tmp_path / "b") / "README.md").read_text()
+        assert "| strength, the factor on what it changes | 0.5 |" in halved and "strength" not in plain
+
     def test_many_at_once(self, trained):
         with pytest.raises(UnknownTaskError):
             trained[0].generate_adapters(["detect horses", UNKNOWN], trained[1](), on_unknown="raise")
@@ -209,7 +214,12 @@ class TestOnUnknown:
     def test_a_task_vector_is_taken_as_it_is(self, trained):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UnknownTaskWarning)
-            trained[0].generate_state_dict(task_vector=-trained[0].reader.means[0], on_unknown="raise")
+            vector = -trained[0].reader.means[0]
+            assert not trained[0].read(task_vector=vector).known
+            tensors = trained[0].generate_state_dict(task_vector=vector, on_unknown="raise", temperature=0.0)
+        assert torch.equal(
+            trained[0].layout.flatten(tensors), trained[0].sample(vector, temperature=0.0)[0].to(trained[0].layout.torch_dtype)
+        )
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -236,7 +246,7 @@ class TestWithout:
         with caplog.at_level(logging.WARNING):
             readings = [old.read(task_vector=torch.randn(old.config.condition_dim)) for _ in range(2)]
         assert caplog.text.count("has no threshold") == 1
-        assert all(reading.known and reading.threshold is None for reading in readings)
+        assert all(reading.known and reading.threshold is None and reading.worth == 1 for reading in readings)
 
     def test_one_task(self, tmp_path, caplog):
         with caplog.at_level(logging.WARNING):
@@ -282,6 +292,29 @@ class TestWithout:
         collection.encode(encoder)
         assert [len(rows) for rows in training_conditions(collection, encoder, 0).rows] == [1] * 4
         assert all(len(rows) >= 32 for rows in training_conditions(collection, encoder, 32).rows)
+
+    def test_nothing_is_held_out_where_no_threshold_is_fitted(self, encoder):
+        collection = collection_of(llama_layout(), TASKS)
+        collection.encode(encoder)
+        found = training_conditions(collection, encoder, 32, threshold=False)
+        assert not len(found.foreign) and not any(len(part) for part in found.held_out)
+
+    def test_what_the_threshold_is_fitted_on_is_not_trained_on(self):
+        collection = tiny_collection()
+        draw = torch.Generator().manual_seed(1)
+        collection.task_vectors = {task: torch.randn(23, 8, generator=draw) for task in collection.tasks}
+        found = training_conditions(collection, None, 64)
+        for task, rows, held in zip(collection.tasks, found.rows, found.held_out, strict=True):
+            assert (len(rows), len(held)) == (19, 4)
+            assert sorted(torch.cat([rows, held])[:, 0].tolist()) == sorted(collection.task_vectors[task][:, 0].tolist())
+
+    def test_too_few_to_tell_anything_unknown(self):
+        torch.manual_seed(0)
+        tasks, space, reader = torch.arange(2).repeat_interleave(6), ConditionSpace("lda", 8, 2), Reader(8, 2)
+        rows = torch.randn(2, 8)[tasks] + 0.1 * torch.randn(12, 8)
+        space.fit(rows, tasks)
+        reader.fit(space, rows, tasks, rows[::2], tasks[::2], rows[:0])
+        assert reader.threshold == 0  # the conformal quantile of six values at 5 % is minus infinity
 
     def test_random_weights_read_nothing_wrongly(self):
         with pytest.raises(ValueError, match="needs tasks="):

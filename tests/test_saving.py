@@ -19,13 +19,6 @@ VECTOR = torch.linspace(-1, 1, CONDITION_DIM)
 
 
 @pytest.fixture
-def base(tmp_path):
-    torch.manual_seed(0)
-    llama().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
 def icm(base):
     return generator(dataclasses.replace(llama_layout(), base_model_name_or_path=str(base)))
 

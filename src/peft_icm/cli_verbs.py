@@ -245,15 +245,20 @@ def _hear(args: argparse.Namespace, generator: ICMGenerator) -> dict[str, Any] |
 
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """Warnings as the command line says them: one line, without the place in the code."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
+    """An unknown task as the command line says it: one line, without the place in the code. Other warnings are left alone."""
     from .generator.requests import UnknownTaskWarning
 
-    for warning in caught:
-        if issubclass(warning.category, UnknownTaskWarning):
-            print(f"peft-icm: warning: {warning.message}", file=sys.stderr)
+    with warnings.catch_warnings():
+        plain = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **kwargs: Any) -> None:
+            if issubclass(category, UnknownTaskWarning):
+                print(f"peft-icm: warning: {message}", file=sys.stderr)
+            else:
+                plain(message, category, *where, **kwargs)
+
+        warnings.showwarning = show
+        yield
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:

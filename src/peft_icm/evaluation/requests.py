@@ -188,9 +188,9 @@ def load_requests(file: str | os.PathLike[str], tasks: Sequence[str]) -> tuple[d
         known, unknown = dict(document["known"]), list(document.get("unknown", []))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no JSON of the form {shape} ({error}).") from error
+    if foreign := [task for task in known if task not in tasks]:
+        raise ValueError(f"{file}: known names {foreign[0]!r}, which is no task here: {', '.join(tasks)}.")
     for task, lines in [*known.items(), ("unknown", unknown)]:
-        if task != "unknown" and task not in tasks:
-            raise ValueError(f"{file}: known names {task!r}, which is no task here: {', '.join(tasks)}.")
         if not isinstance(lines, list) or not all(isinstance(line, str) and line.strip() for line in lines):
             raise ValueError(f"{file}: {task!r} must have a list of sentences.")
     if not any(known.values()):
@@ -227,7 +227,13 @@ def evaluate_requests(
 
     Returns:
         [`RequestsReport`]
+
+    Raises:
+        `ValueError`: If a task of the generator has no own LoRA.
     """
+    missing = next((task["name"] for task in generator.config.tasks or [] if task["name"] not in own), None)
+    if missing is not None:
+        raise ValueError(f"The generator may hear {missing!r}, and the collection has no LoRA of it: pass the one that it was trained on.")
     start = time.perf_counter()
     layout, by_name = generator.layout, {task.name: task for task in tasks}
     model = generator.generate_adapter(tasks[0].descriptions[0])

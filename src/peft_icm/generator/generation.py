@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch
 from peft import PeftModel
@@ -21,7 +21,7 @@ from ..conditioning import Picture, TaskEncoder, load_task_encoder, open_images
 from ..disk import MAX_NAME_BYTES, inside
 from ..hub.files import is_local, resolve
 from .configuration_icm import ICMConfig
-from .requests import OnUnknown, RequestsMixin, check_request, scaled
+from .requests import OnUnknown, RequestsMixin, TaskInputs, check_request, scaled
 from .sampling import Generators, as_conditions
 
 # One for the process: transformers sets the process's default dtype while it builds a model.
@@ -49,20 +49,6 @@ class Source(dict[str, Any]):
     def hub(self) -> dict[str, Any]:
         """What other repos are reached with."""
         return {name: self[name] for name in ("token", "cache_dir", "local_files_only") if name in self}
-
-
-class TaskInputs(TypedDict, total=False):
-    """What may stand in the place of a text, or beside it; see [`~ICMGenerator.task_vector`].
-
-    Args:
-        examples (`Sequence[str]`, *optional*): Examples of the task.
-        images (`Sequence[PIL.Image.Image, str or Path]`, *optional*): Pictures of the task, instead of a text or beside it.
-        task_vector (`Tensor`, *optional*): `[d]`.
-    """
-
-    examples: Sequence[str] | None
-    images: Sequence[Picture] | None
-    task_vector: Tensor | None
 
 
 class AdapterMixin(RequestsMixin):
@@ -185,14 +171,25 @@ class AdapterMixin(RequestsMixin):
             `ValueError`: If the input is not what the encoder reads, temperature, generator, on_unknown or strength is none, the adapter is
                 not finite, or the request is unknown and `on_unknown` is `"raise"` ([`UnknownTaskError`]).
         """
+        return self._generate(text, temperature, generator, on_unknown, strength, task)[0]
+
+    def _generate(
+        self,
+        text: str | None,
+        temperature: float,
+        generator: torch.Generator | None,
+        on_unknown: str,
+        strength: float,
+        task: TaskInputs,
+    ) -> tuple[dict[str, Tensor], float]:
+        """The tensors of one adapter, and by what its dW was multiplied."""
         check_request(on_unknown, strength)
         if isinstance(generator, Sequence):
             raise ValueError(f"generator={generator!r} must be one torch.Generator: one adapter is generated.")
         condition = self.task_vector(text, **task)
         if task.get("task_vector") is None:
-            strength, _ = self._strength(condition, text, on_unknown, strength)
-        state_dict = self.layout.unflatten(self._finite(self.sample(condition, 1, generator, temperature))[0])
-        return state_dict if strength == 1 else scaled(state_dict, strength)
+            strength = self._strength(condition, text, on_unknown, strength)
+        return scaled(self.layout.unflatten(self._finite(self.sample(condition, 1, generator, temperature))[0]), strength), strength
 
     def _finite(self, samples: Tensor) -> Tensor:
         samples = samples.cpu()
@@ -241,10 +238,9 @@ class AdapterMixin(RequestsMixin):
                 `on_unknown` is `"raise"` ([`UnknownTaskError`]).
         """
         check_name(adapter_name)
-        choice: dict[str, Any] = {"on_unknown": on_unknown, "strength": strength}
-        state_dict = self.generate_state_dict(text, temperature=temperature, generator=generator, **choice, **task)
+        state_dict, factor = self._generate(text, temperature, generator, on_unknown, strength, task)
         model = self._base_for(base_model, base_model_kwargs)
-        facts = self._facts(text, temperature, generator, task.get("images"))
+        facts = self._facts(text, temperature, generator, factor, task.get("images"))
         return attach(model, self.layout, state_dict, adapter_name=adapter_name, is_trainable=is_trainable, provenance=facts)
 
     def generate_adapters(
@@ -289,13 +285,13 @@ class AdapterMixin(RequestsMixin):
             raise ValueError(f"Expected {len(texts)} different adapter names, found {names}.")
         check_request(on_unknown, strength)
         vectors = torch.stack([self.task_vector(text) for text in texts])
-        strengths = [self._strength(vector, text, on_unknown, strength)[0] for vector, text in zip(vectors, texts, strict=True)]
+        strengths = [self._strength(vector, text, on_unknown, strength) for vector, text in zip(vectors, texts, strict=True)]
         samples = self._finite(self.sample(vectors, 1, generator, temperature))
         model = self._base_for(base_model, base_model_kwargs)
         generators = generator if isinstance(generator, Sequence) else [generator] * len(names)
         with unchanged_on_failure(model):
             for name, text, vector, source, factor in zip(names, texts, samples, generators, strengths, strict=True):
-                facts = self._facts(text, temperature, source)
+                facts = self._facts(text, temperature, source, factor)
                 state_dict = scaled(self.layout.unflatten(vector), factor)
                 model = attach(model, self.layout, state_dict, adapter_name=name, is_trainable=is_trainable, provenance=facts)
         assert isinstance(model, PeftModel)
@@ -303,7 +299,12 @@ class AdapterMixin(RequestsMixin):
         return model
 
     def _facts(
-        self, text: str | None, temperature: float, generator: torch.Generator | None, images: Sequence[Picture] | None = None
+        self,
+        text: str | None,
+        temperature: float,
+        generator: torch.Generator | None,
+        strength: float,
+        images: Sequence[Picture] | None = None,
     ) -> dict[str, Any]:
         return {
             "generator": self._source.get("name"),
@@ -311,6 +312,7 @@ class AdapterMixin(RequestsMixin):
             "images": len(images) if images is not None else None,
             "seed": generator.initial_seed() if generator is not None else None,
             "temperature": temperature,
+            "strength": strength if strength != 1 else None,  # of an adapter as it was decoded nothing is said
         }
 
     def _base_for(

@@ -14,7 +14,7 @@ from .condition_space import ConditionSpace, task_means
 MISSED = 0.05  # of the held-out phrasings of its own tasks, the share that a generator may take for unknown
 LEFT_OUT_WEIGHT = 0.25  # of the tasks left out, among what is unknown
 # What a wrong adapter costs, in what the right one gains: on the bundled text world a foreign request 1.0, another task's adapter 3.5.
-# The smallest h at which the requests for something else in benchmarks/reading/choose.json cost less than 0.05 of the own LoRAs' gain.
+# Chosen on the text world's requests in benchmarks/reading/choose.json; see docs/results.md.
 HARM = 1.5
 
 
@@ -26,7 +26,7 @@ class Reading:
         tasks (`dict[str, float]`): Probability of each task, given that it is one of them; the most probable first.
         familiarity (`float`): Probability that one of them is meant at all; of tasks and foreign requests in equal numbers.
         threshold (`float`, *optional*): Below it a request counts as unknown. Conformal: of the held-out phrasings of known tasks 5 % lie
-            below. `None` where the generator could fit none.
+            below. `None` where the generator could fit none; the familiarity is 1 then.
         description (`str`): The sentence of the most probable task.
 
     Example:
@@ -58,15 +58,17 @@ class Reading:
     @property
     def confidence(self) -> float:
         """p, the probability that the most probable task is what was meant: its own, times the familiarity."""
-        return self.tasks[self.task] * (1.0 if self.threshold is None else self.familiarity)
+        return self.tasks[self.task] * self.familiarity
 
     @property
     def worth(self) -> float:
         r"""The strength that `on_unknown="shrink"` gives the adapter, in [0, 1].
 
         At strength s the right adapter gains `s (2 - s)` and a wrong one costs `h s^2`, with h = 1.5 the harm (`HARM`). Their mean under
-        the confidence p is greatest at `s = p / (p + (1 - p) h)`.
+        the confidence p is greatest at `s = p / (p + (1 - p) h)`. Without a threshold p is unknown, and the worth 1.
         """
+        if self.threshold is None:
+            return 1.0
         return self.confidence / (self.confidence + (1 - self.confidence) * HARM)
 
     def __str__(self) -> str:
@@ -140,7 +142,8 @@ class Reader(nn.Module):
         self.weight.copy_(torch.from_numpy(model.coef_[0]) / deviation)
         self.bias.copy_(model.intercept_[0] - (self.weight * mean).sum())
         scores = (known @ self.weight + self.bias).sigmoid().sort().values
-        self.threshold.copy_(scores[max(0, int(MISSED * (len(scores) + 1)) - 1)])
+        rank = int(MISSED * (len(scores) + 1))  # 0 for fewer than 19: the quantile is minus infinity then, and everything is known
+        self.threshold.copy_(scores[rank - 1] if rank else torch.zeros(()))
         distances = torch.cdist(space.whiten(held_out), self.centers).square()
         temperatures = torch.logspace(-1, 2, 61)
         losses = [F.cross_entropy(-0.5 * distances / temperature, held_tasks) for temperature in temperatures]

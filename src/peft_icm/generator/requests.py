@@ -6,12 +6,13 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor
 
 from ..conditioning import Picture
+from .condition_space import ConditionSpace
 from .configuration_icm import ICMConfig
 from .reading import Reader, Reading
 
@@ -19,6 +20,20 @@ logger = logging.getLogger(__name__)
 
 OnUnknown = Literal["warn", "shrink", "base", "raise"]
 ON_UNKNOWN: tuple[str, ...] = get_args(OnUnknown)
+
+
+class TaskInputs(TypedDict, total=False):
+    """What may stand in the place of a text, or beside it; see [`~ICMGenerator.task_vector`].
+
+    Args:
+        examples (`Sequence[str]`, *optional*): Examples of the task.
+        images (`Sequence[PIL.Image.Image, str or Path]`, *optional*): Pictures of the task, instead of a text or beside it.
+        task_vector (`Tensor`, *optional*): `[d]`.
+    """
+
+    examples: Sequence[str] | None
+    images: Sequence[Picture] | None
+    task_vector: Tensor | None
 
 
 class UnknownTaskWarning(UserWarning):
@@ -33,28 +48,19 @@ class RequestsMixin:
     """The side of [`ICMGenerator`] that listens."""
 
     config: ICMConfig
-    space: Any
+    space: ConditionSpace | None
     reader: Reader | None
     context: Any
     task_vector: Callable[..., Tensor]
     _condition: Callable[[Tensor], Tensor]
     _lazy: dict[str, Any]
 
-    def read(
-        self,
-        text: str | None = None,
-        *,
-        examples: Sequence[str] | None = None,
-        images: Sequence[Picture] | None = None,
-        task_vector: Tensor | None = None,
-    ) -> Reading:
+    def read(self, text: str | None = None, **task: Unpack[TaskInputs]) -> Reading:
         """Tell which task is heard in a request, how sure that is, and whether it is one of the generator's at all.
 
         Args:
             text (`str`, *optional*): A sentence.
-            examples (`Sequence[str]`, *optional*): Examples of the task.
-            images (`Sequence[PIL.Image.Image, str or Path]`, *optional*): Pictures of the task, instead of a text or beside it.
-            task_vector (`Tensor`, *optional*): `[d]`.
+            **task: `examples`, `images` or `task_vector`: see [`~ICMGenerator.task_vector`].
 
         Returns:
             [`Reading`]: Without a threshold where the generator has none: it was saved by peft_icm 0.1.0, or trained on one task or
@@ -73,7 +79,7 @@ class RequestsMixin:
 
         ```
         """
-        return self._read(self.task_vector(text, examples=examples, images=images, task_vector=task_vector))
+        return self._read(self.task_vector(text, **task))
 
     @torch.no_grad()
     def _read(self, vector: Tensor) -> Reading:
@@ -81,12 +87,13 @@ class RequestsMixin:
         if not tasks:
             raise ValueError("This generator names no tasks in its config: it can generate, but it cannot tell what it hears.")
         threshold: float | None = None
-        if self.reader is None:
+        if self.reader is None or self.space is None:
             probabilities, familiarity = self._nearest(vector), 1.0
         else:
             scores, known = self.reader(self.space, vector[None].to(self.reader.means.device))
-            probabilities, familiarity = scores[0], float(known[0])
-            threshold = float(self.reader.threshold) if self.reader.threshold >= 0 else None
+            probabilities, familiarity = scores[0], 1.0
+            if self.reader.threshold >= 0:
+                familiarity, threshold = float(known[0]), float(self.reader.threshold)
         if threshold is None and "threshold" not in self._lazy:
             self._lazy["threshold"] = None
             logger.warning(
@@ -109,28 +116,28 @@ class RequestsMixin:
         distances = (self.context.conditions.float() - self._condition(vector[None]).float()).square().sum(1)
         return (-distances / distances.mean().clamp(min=1e-12) * 4).softmax(0)
 
-    def _strength(self, vector: Tensor, text: str | None, on_unknown: str, strength: float) -> tuple[float, Reading | None]:
-        """The factor on dW that a request gets, and what was heard; warns or raises as `on_unknown` says."""
+    def _strength(self, vector: Tensor, text: str | None, on_unknown: str, strength: float) -> float:
+        """The factor on dW that a request gets; warns or raises as `on_unknown` says."""
         if self.reader is None and (on_unknown == "warn" or not self.config.tasks):
-            return strength, None
+            return strength
         reading = self._read(vector)
         request = f"{text!r}" if text is not None else "This request"
         nearest = f"{reading.task} ({reading.description!r}, {reading.confidence:.2f})"
         heard = f"{request} is none of this generator's tasks: the nearest is {nearest}"
         if on_unknown == "shrink":
-            return strength * reading.worth, reading
+            return strength * reading.worth
         if reading.known:
-            return strength, reading
+            return strength
         if on_unknown == "raise":
             raise UnknownTaskError(f"{heard}. Ask for one of its tasks, or pass on_unknown='warn', 'shrink' or 'base'.")
         if on_unknown == "base":
-            return 0.0, reading
+            return 0.0
         warnings.warn(
             f"{heard}, and its adapter may do harm. on_unknown= 'shrink', 'base' or 'raise' do something else.",
             UnknownTaskWarning,
             stacklevel=4,
         )
-        return strength, reading
+        return strength
 
 
 def check_request(on_unknown: str, strength: float) -> None:

@@ -40,6 +40,7 @@ FACTS: dict[str, type | tuple[type, ...]] = {
     "images": int,
     "seed": int,
     "temperature": (int, float),
+    "strength": (int, float),
     "sha256": str,
     "changed": bool,
 }
@@ -140,8 +141,8 @@ def adapter_card(
         repo_id (`str`, *optional*): Where it will live.
         with_base (`bool`, defaults to `False`): Whether the base model lies in that repo too, beside the adapter.
         **facts: How it was generated, if it was: `generator` (repo or folder), `text`, `images` (their number), `seed`, `temperature`,
-            `sha256` ([`AdapterLayout.sha256`] of what was generated), and `changed` if its weights are others now. What is none of these,
-            or of another type, is left out. Without any of them the card does not say that the adapter was generated.
+            `strength`, `sha256` ([`AdapterLayout.sha256`] of what was generated), and `changed` if its weights are others now. What is none
+            of these, or of another type, is left out. Without any of them the card does not say that the adapter was generated.
 
     Returns:
         `huggingface_hub.ModelCard`
@@ -284,8 +285,7 @@ def _training_facts(training: Mapping[str, Any]) -> list[tuple[str, Any]]:
         "seed": "seed",
         "data": "data",
     }
-    own = [(title, _cell(published(training[name]))) for name, title in names.items() if training.get(name) is not None]
-    return own + _recipe_facts(_mapping(training.get("collection")))
+    return _named(training, names) + _recipe_facts(_mapping(training.get("collection")))
 
 
 def _reading_facts(reading: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -296,7 +296,12 @@ def _reading_facts(reading: Mapping[str, Any]) -> list[tuple[str, Any]]:
         "foreign_requests": "requests for something else",
         "foreign_requests_read": "share of them taken for known",
     }
-    return [(title, _cell(reading[name])) for name, title in names.items() if reading.get(name) is not None]
+    return _named(reading, names)
+
+
+def _named(values: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[str, Any]]:
+    """The rows of those values that there are, under their titles."""
+    return [(title, _cell(published(values[name]))) for name, title in names.items() if values.get(name) is not None]
 
 
 def _recipe_facts(recipe: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -33,14 +33,19 @@ class Conditions:
     foreign: Tensor
 
 
-def training_conditions(collection: AdapterCollection, encoder: TaskEncoder | None, count: int, seed: int = 0) -> Conditions:
+def training_conditions(
+    collection: AdapterCollection, encoder: TaskEncoder | None, count: int, seed: int = 0, *, threshold: bool = True
+) -> Conditions:
     """The task vectors of a collection; with an encoder that reads text, those of phrasings of its tasks' sentences too.
+
+    For a threshold each fifth of a task's own vectors is set aside, and nothing is trained on it.
 
     Args:
         collection (`AdapterCollection`): With task vectors.
         encoder (`TaskEncoder`, *optional*): That made them.
         count (`int`): Sentences that a task should have; a task with fewer gets phrasings of those it has. 0 for none.
         seed (`int`, defaults to 0): Of the phrasings.
+        threshold (`bool`, defaults to `True`): Whether a threshold is to be fitted: without, nothing is held out, and nothing is foreign.
 
     Returns:
         [`Conditions`]
@@ -49,25 +54,29 @@ def training_conditions(collection: AdapterCollection, encoder: TaskEncoder | No
         `ValueError`: If all tasks have the same sentences: nothing tells them apart.
     """
     own = [collection.task_vectors[task].float() for task in collection.tasks]
-    rows = list(own)
-    held_out = [part[EVERY - 1 :: EVERY] for part in own]
-    none = own[0][:0]
     if len(own) > 1 and all(part.shape == own[0].shape and torch.equal(part, own[0]) for part in own[1:]):
         raise ValueError(
             f"The task vectors of all {len(own)} tasks are the same, {collection.tasks[0]!r} and the others: describe each task in its own"
             " words, then collection.encode(encoder)."
         )
-    if encoder is None or "text" not in encoder.accepts or not count:
-        return Conditions(rows, held_out, none)
+    aside = [torch.arange(len(part)) % EVERY == EVERY - 1 for part in own] if threshold else [torch.zeros(len(part)).bool() for part in own]
+    rows = [part[~mask] for part, mask in zip(own, aside, strict=True)]
+    held_out = [part[mask] for part, mask in zip(own, aside, strict=True)]
     sentences = [collection.descriptions.get(task) or [] for task in collection.tasks]
+    if encoder is None or "text" not in encoder.accepts or not count or not any(sentences):
+        return Conditions(rows, held_out, own[0][:0])
     for index, own_sentences in enumerate(sentences):
         if not own_sentences:
             continue
         if len(own_sentences) < count:
             said = _say(own_sentences, count - len(own_sentences), seed)
             rows[index] = torch.cat([rows[index], encoder.encode(said)])
-        held_out[index] = torch.cat([held_out[index], encoder.encode(_say(own_sentences, HELD_OUT_PHRASINGS, seed, held_out=True))])
-    known = F.normalize(encoder.encode([sentence for task in sentences for sentence in task] or ["task"]), dim=1)
+        if threshold:
+            said = _say(own_sentences, HELD_OUT_PHRASINGS, seed, held_out=True)
+            held_out[index] = torch.cat([held_out[index], encoder.encode(said)])
+    if not threshold:
+        return Conditions(rows, held_out, own[0][:0])
+    known = F.normalize(encoder.encode([sentence for task in sentences for sentence in task]), dim=1)
     others = encoder.encode([*foreign(seed), *foreign(seed, held_out=True)])
     far = (F.normalize(others, dim=1) @ known.T).amax(1) < ALIKE
     return Conditions(rows, held_out, others[far])

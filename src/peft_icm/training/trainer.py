@@ -118,7 +118,9 @@ class ICMTrainer(Trainer):
         self.collection = collection
         self.reading: dict[str, Any] = (model.config.training or {}).get("reading", {}) if isinstance(model, ICMGenerator) else {}
         snapshots = [collection.snapshots[task].float() for task in collection.tasks]
-        conditions = training_conditions(collection, encoder, args.phrasings, args.seed)
+        new = not isinstance(model, ICMGenerator)
+        space = condition_space(model or ICMConfig(), collection) if new else "none"  # type: ignore[arg-type]
+        conditions = training_conditions(collection, encoder, args.phrasings, args.seed, threshold=space != "none")
         vectors = conditions.rows
         held = [held_out_mask(len(part), args.held_out) for part in snapshots]
         train = [part[~mask] for part, mask in zip(snapshots, held, strict=True)]
@@ -291,14 +293,28 @@ def new_generator(collection: AdapterCollection, config: ICMConfig, encoder: Tas
         "encoder": named or None,
         "condition_dim": collection.task_vectors[collection.tasks[0]].shape[1],
         "tasks": [{"name": task, "description": (collection.descriptions.get(task) or [""])[0]} for task in collection.tasks],
-        # The paper has no projection; with one task there is nothing to tell apart.
-        "condition_space": config.condition_space or ("lda" if config.architecture != "paper" and len(collection.tasks) > 1 else "none"),
+        "condition_space": condition_space(config, collection),
     }
     torch.manual_seed(seed)
     generator = ICMGenerator(ICMConfig(**values))
     if encoder is not None:
         generator.encoder = encoder
     return generator
+
+
+def condition_space(config: ICMConfig, collection: AdapterCollection) -> str:
+    """The condition space of a new generator: that of its config, else `"lda"`.
+
+    The paper has no projection, and with one task there is nothing to tell apart: `"none"`.
+
+    Args:
+        config ([`ICMConfig`]): Of the new generator.
+        collection (`AdapterCollection`): That it is trained on.
+
+    Returns:
+        `str`
+    """
+    return config.condition_space or ("lda" if config.architecture != "paper" and len(collection.tasks) > 1 else "none")
 
 
 def fit(generator: ICMGenerator, parameters: Tensor, conditions: Conditions) -> dict[str, Any]:
