@@ -2,6 +2,7 @@
 
     python -m benchmarks.reading choose                 # settings are chosen on these
     python -m benchmarks.reading once                   # these decide, and are used at the end alone
+    python -m benchmarks.reading descriptions           # what caution costs on the tasks' own sentences
     python -m benchmarks.reading once --world text --generator DIR --name text_one_sentence
 
 Writes results/SET_NAME.json and .png. `share` is of the own LoRAs' gain (nats per token, AP50) on held-out data; a request that no task
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,13 +36,14 @@ PASSAGES, PICTURES = 5, 15  # of each task that an adapter is scored on; picture
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", choices=("choose", "once"), help="which sentences")
+    parser.add_argument("set", choices=("choose", "once", "descriptions"), help="which sentences")
     parser.add_argument("--world", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="which bundles")
     parser.add_argument("--generator", help="a generator in the place of the bundled one")
     parser.add_argument("--name", help="of the results; by default that of the world")
     parser.add_argument("--seed", type=int, default=0, help="of z")
     args = parser.parse_args()
-    requests = json.loads((HERE / f"{args.set}.json").read_text(encoding="utf-8"))
+    written = args.set != "descriptions"
+    requests = json.loads((HERE / f"{args.set}.json").read_text(encoding="utf-8")) if written else {}
     for world in args.world:
         bundle = bundled_folder(world)
         generator = ICMGenerator.from_pretrained(args.generator or bundle / "generator")
@@ -55,12 +58,12 @@ def main() -> None:
                 shown = [image for image in task.test_images if task.label in image.labels]
                 others = [image for image in task.test_images if task.label not in image.labels]
                 task.test_images = shown[:PICTURES] + others[:PICTURES]
-        asked = requests[world]
+        asked = requests[world] if written else {"known": {task.name: task.descriptions for task in tasks}, "unknown": []}
         report = evaluate_requests(
             KINDS[world], generator, processor, tasks, own, asked["known"], asked["unknown"], seed=args.seed, batch_size=BATCH[world]
         )
         run = {
-            "command": f"python -m benchmarks.reading {args.set} --world {world}",
+            "command": " ".join(["python -m benchmarks.reading", *sys.argv[1:]]),
             "seed": args.seed,
             "date": datetime.date.today().isoformat(),
             "machine": f"{torch.get_num_threads()} threads",
