@@ -16,7 +16,7 @@ Each stage reads the results of those before it from `--build`. Text (a Llama an
     generator  generator/: the ICMGenerator, conditioned on sentences
     bundle     src/peft_icm/bundled/text/: the generator with its base, held-out text, the own LoRAs in bf16
 Detection (a Florence-2 and 14 classes; resvg-py draws the icons):
-    detection-scenes     icons/, photographs/, scenes.npz, coco/: 60,000 scenes to train the base on, a COCO data set of 24 classes
+    detection-scenes     icons/, photographs/, scenes.npz, coco/: 80,000 scenes to train the base on, a COCO data set of 24 classes
     detection-tower      florence/: first stage of the base, the vision tower and the encoder on what is under each image token
     detection-answers    florence/: second stage, the answers of Florence-2 to four of its prompts
     detection-together   florence/: third stage, everything from the pictures
@@ -42,7 +42,7 @@ import demo_text
 def draw_scenes(build: Path) -> None:
     """Fetch icons and photographs, draw the scenes of the base and the COCO data set of the tasks."""
     demo_scenes.fetch(build)
-    demo_detector.draw_scenes(build, 60_000)
+    demo_detector.draw_scenes(build, 80_000)
     demo_detection.draw_coco(build)
 
 

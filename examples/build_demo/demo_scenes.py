@@ -124,10 +124,10 @@ class Icons:
 
     @cached_property
     def seen(self) -> dict[str, list[Icon]]:
-        """Every noun under `seen` of nouns.json that at least three of the coloured training styles have."""
-        drawn = {name: [self.draw(style, name, name) for style in COLOUR_STYLES] for name in sorted(SEEN)}
+        """Every noun under `seen` of nouns.json that at least two of the coloured training styles have, with its glyphs."""
+        drawn = {name: [self.draw(style, name, name) for style in COLOUR_STYLES + GLYPH_STYLES] for name in sorted(SEEN)}
         found = {name: [icon for icon in icons if icon] for name, icons in drawn.items()}
-        return {name: icons for name, icons in found.items() if len(icons) >= 3}
+        return {name: icons for name, icons in found.items() if sum(icon.style in COLOUR_STYLES for icon in icons) >= 2}
 
     @cached_property
     def distractors(self) -> dict[str, list[Icon]]:
@@ -248,6 +248,7 @@ def scenes(
     *,
     seed: int,
     distractors: dict[str, list[Icon]] | None = None,
+    others: float = 0.15,
     glyphs: float = 0.25,
     jitter: float = 1.0,
     most: int = 4,
@@ -259,33 +260,31 @@ def scenes(
         backgrounds (`Sequence[Image]`): Photographs.
         count (`int`): How many.
         seed (`int`): Of everything that is drawn.
-        distractors (`dict[str, list[Icon]]`, *optional*): Other objects; an object is one of them with a probability of 0.15.
+        distractors (`dict[str, list[Icon]]`, *optional*): Other objects.
+        others (`float`, defaults to 0.15): Share of objects that are distractors.
         glyphs (`float`, defaults to 0.25): Share of glyphs of one colour where a class has them.
         jitter (`float`, defaults to 1.0): See [`compose`].
         most (`int`, defaults to 4): Objects in a scene at the most.
     """
     draw = np.random.default_rng(seed)
-    names, others = list(icons), list(distractors or {})
+    names, unnamed = list(icons), list(distractors or {})
     pools = {
         name: [[icon for icon in found if (icon.style in GLYPH_STYLES) == glyph] for glyph in (False, True)]
-        for name, found in icons.items()
+        for name, found in (icons | (distractors or {})).items()
     }
     for _ in range(count):
         chosen: list[str] = []
         for _ in range(int(draw.integers(1, most + 1))):
             if chosen and draw.random() < 0.12:
                 chosen.append(chosen[-1])
-            elif others and draw.random() < 0.15:
-                chosen.append(others[int(draw.integers(len(others)))])
+            elif unnamed and draw.random() < others:
+                chosen.append(unnamed[int(draw.integers(len(unnamed)))])
             else:
                 chosen.append(names[int(draw.integers(len(names)))])
         picked = []
         for name in chosen:
-            if name in pools:
-                coloured, glyph = pools[name]
-                pool = glyph if glyph and (not coloured or draw.random() < glyphs) else coloured
-            else:
-                pool = (distractors or {})[name]
+            coloured, glyph = pools[name]
+            pool = glyph if glyph and (not coloured or draw.random() < glyphs) else coloured
             picked.append(pool[int(draw.integers(len(pool)))])
         yield compose(backgrounds[int(draw.integers(len(backgrounds)))], picked, draw, jitter)
 
