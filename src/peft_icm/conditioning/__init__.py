@@ -11,10 +11,22 @@ from .base import HubOptions, Picture, TaskEncoder, open_images
 from .clip import ClipEncoder
 from .hidden_state import HiddenStateEncoder
 from .sentence import SentenceEncoder
+from .statistics import StatisticsEncoder
 
-__all__ = ["ClipEncoder", "HiddenStateEncoder", "Picture", "SentenceEncoder", "TaskEncoder", "load_task_encoder", "open_images"]
+__all__ = [
+    "ClipEncoder",
+    "HiddenStateEncoder",
+    "Picture",
+    "SentenceEncoder",
+    "StatisticsEncoder",
+    "TaskEncoder",
+    "load_task_encoder",
+    "open_images",
+]
 
-ENCODERS: dict[str, type[TaskEncoder]] = {encoder.kind: encoder for encoder in (ClipEncoder, HiddenStateEncoder, SentenceEncoder)}
+ENCODERS: dict[str, type[TaskEncoder]] = {
+    encoder.kind: encoder for encoder in (ClipEncoder, HiddenStateEncoder, SentenceEncoder, StatisticsEncoder)
+}
 
 
 def load_task_encoder(

@@ -148,6 +148,21 @@ class TaskEncoder(ABC):
             )
         return vectors
 
+    def read(self, argument: str, items: Sequence[Item]) -> Tensor:
+        """Encode what an argument of [`ICMGenerator.generate_adapter`] was given.
+
+        Args:
+            argument (`str`): One of `accepts`.
+            items (`Sequence`): See [`~TaskEncoder.encode`].
+
+        Returns:
+            `Tensor`: `[len(items), dim]` fp32.
+
+        Raises:
+            `ValueError`: See [`~TaskEncoder.encode`].
+        """
+        return self.encode(items)
+
     def _check_lengths(self, texts: list[str]) -> None:
         counts = self._count_tokens(texts)
         if 0 in counts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
@@ -119,9 +119,12 @@ class HiddenStateEncoder(TaskEncoder):
         return rows.mean(0)
 
     def _embed(self, items: list[Any]) -> Tensor:
-        with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
+        with self._unadapted():
             states, last = self._read(items) if self.accepts == ("examples",) else self._look(items)
         return states[torch.arange(len(states)), last]
+
+    def _unadapted(self) -> AbstractContextManager[Any]:
+        return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
 
     def _count_tokens(self, texts: list[str]) -> list[int]:
         return [len(ids) for ids in self.processor(texts, verbose=False)["input_ids"]]

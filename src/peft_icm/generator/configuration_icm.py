@@ -16,7 +16,7 @@ from ..adapters.layout import AdapterLayout
 from ..disk import safe_name
 from .condition_space import SPACES, projected_dim
 
-ARCHITECTURES = ("principal", "paper")
+ARCHITECTURES = ("principal", "direct", "paper")
 MAX_TASKS = 10_000
 # A generator of a repo is built before its weights are read: what a config can ask for has a bound.
 BOUNDS = {"condition_dim": 65_536, "latent_size": 65_536, "hidden_size": 65_536, "num_components": 4_096, "num_conv_layers": 64}
@@ -51,14 +51,17 @@ class ICMConfig(PreTrainedConfig):
 
     Args:
         architecture (`str`, defaults to `"principal"`): `"principal"`: a multi-layer perceptron CVAE in the principal subspace of
-            the collection's adapters. `"paper"`: the convolutional CVAE of In-Context Meta LoRA Generation, Eqs. 2-9.
+            the collection's adapters. `"direct"`: a perceptron and a trained linear map to all of A and B, for training through the
+            tasks' own loss ([`ICMTrainingArguments`], `objective="task"`). `"paper"`: the convolutional CVAE of In-Context Meta LoRA
+            Generation, Eqs. 2-9.
         layout (`dict`): [`AdapterLayout.to_dict`] of the adapters that are generated.
         encoder (`dict`): The task encoder's config: kind, checkpoint, dim, sha256 of its weights.
         condition_dim (`int`, defaults to 512): d, the width of a task vector.
         latent_size (`int`, defaults to 64): k, the width of z (Eq. 7). The published code of the paper has 256.
         hidden_size (`int`, defaults to 256): Width of the hidden layers.
-        num_components (`int`, *optional*): `"principal"` only: dimensions of the principal subspace. By default as many as make
+        num_components (`int`, *optional*): `"principal"`: dimensions of the principal subspace. By default as many as make
             2^20 numbers, at least 9 and at most 96, and no more than two for each task: the tasks and their trajectories span few.
+            `"direct"`: rows of the linear map, by default 64.
         num_conv_layers (`int`, defaults to 12): `"paper"` only: convolutional layers of encoder and decoder, at most 64; those past
             the twelfth have stride 1 (Table 5).
         kl_weight (`float`, defaults to 0.005): Weight of the KL term, in nats (section 4.1).
@@ -111,7 +114,9 @@ class ICMConfig(PreTrainedConfig):
             raise ValueError(f"{foreign}={kwargs[foreign]!r} is no field of a generator: take it out.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is none of a generator: choose one of float32, bfloat16, float16, float64.")
-        if self.num_components is None and self.layout is not None:
+        if self.num_components is None and self.architecture == "direct":
+            self.num_components = 64
+        elif self.num_components is None and self.layout is not None:
             by_size = min(96, max(9, 2**20 // self.adapter_layout.numel))
             self.num_components = min(by_size, 2 * len(self.tasks)) if self.tasks else by_size
         super().__post_init__(**kwargs)

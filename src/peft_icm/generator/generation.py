@@ -132,13 +132,13 @@ class AdapterMixin(RequestsMixin):
         if text is not None:
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"text={text!r} must be a non-empty sentence, such as 'detect sofas'.")
-            vectors.append(self.encoder.encode([text])[0])
+            vectors.append(self.encoder.read("text", [text])[0])
         if examples is not None:
             if isinstance(examples, str) or not examples:
                 raise ValueError(f"examples={examples!r} must be a non-empty list of strings.")
-            vectors.append(self.encoder.average(self.encoder.encode(examples)))
+            vectors.append(self.encoder.average(self.encoder.read("examples", examples)))
         if images is not None:
-            vectors.append(self.encoder.average(self.encoder.encode(open_images(images))))
+            vectors.append(self.encoder.average(self.encoder.read("images", open_images(images))))
         return vectors[0] if len(vectors) == 1 else self.encoder.average(torch.stack(vectors))
 
     # ------------------------------------------------------------------ adapters

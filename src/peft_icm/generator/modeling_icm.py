@@ -74,7 +74,7 @@ class ICMGenerator(SavedModel):
             ConditionSpace(config.condition_space or "none", config.condition_dim, len(config.tasks or [])) if config.reads else None
         )
         self.reader = Reader(config.condition_dim, len(config.tasks or [])) if config.reads else None
-        self.statistics = Statistics(self.layout.sizes, config.projected_dim)
+        self.statistics = Statistics(self.layout.sizes, config.projected_dim, each=config.architecture == "direct")
         self.network = NETWORKS[config.architecture](config)
         self.context = ContextAttention(config) if config.context and config.tasks else None
         self.post_init()
@@ -87,16 +87,16 @@ class ICMGenerator(SavedModel):
     # ------------------------------------------------------------------ the CVAE
     def forward(
         self,
-        parameters: Tensor,
-        condition: Tensor,
+        parameters: Tensor | None = None,
+        condition: Tensor | None = None,
         hidden_tasks: Tensor | None = None,
         noise: Tensor | None = None,
         return_loss: bool = True,
     ) -> ICMOutput:
-        """Encode, draw z, decode, and score (Eqs. 2-8).
+        """Encode, draw z, decode, and score (Eqs. 2-8). Without adapters, decode a z from N(0, I) (Eq. 9): there is no loss then.
 
         Args:
-            parameters (`Tensor`): `[B, P]` adapters l, in their own units.
+            parameters (`Tensor`, *optional*): `[B, P]` adapters l, in their own units.
             condition (`Tensor`): `[B, d]` task vectors v.
             hidden_tasks (`Tensor`, *optional*): `[B]` index of the task whose pair the context leaves out; -1 for none.
             noise (`Tensor`, *optional*): `[B, k]`, the epsilon of Eq. 4, and z itself where it is drawn from the prior; drawn where it
@@ -104,9 +104,18 @@ class ICMGenerator(SavedModel):
             return_loss (`bool`, defaults to `True`): There for the Trainer, which asks for it.
 
         Returns:
-            [`ICMOutput`]
+            [`ICMOutput`]: `reconstruction` alone where there are no adapters.
+
+        Raises:
+            `ValueError`: If there is no condition.
         """
-        l, v = self.statistics.normalize(parameters), self._condition(condition)
+        if condition is None:
+            raise ValueError("condition= is missing: pass task vectors, a Tensor [B, d].")
+        v = self._condition(condition)
+        if parameters is None:
+            z = torch.randn(len(v), self.config.latent_size, device=v.device) if noise is None else noise
+            return ICMOutput(reconstruction=self.statistics.denormalize(self._decode(z, v, hidden_tasks)))
+        l = self.statistics.normalize(parameters)
         mean, logvar = (part.float() for part in self.network.encode(l.to(self.dtype), v))
         noise = torch.randn_like(mean) if noise is None else noise
         z = mean + (0.5 * logvar).exp() * noise
@@ -130,6 +139,21 @@ class ICMGenerator(SavedModel):
     def _condition(self, condition: Tensor) -> Tensor:
         condition = condition.to(self.device)
         return self.statistics.normalize_condition(condition if self.space is None else self.space(condition)).to(self.dtype)
+
+    @property
+    def no_condition(self) -> Tensor:
+        """`[d]`: the task vector that says nothing, of the mean of all tasks."""
+        if self.space is not None:
+            return self.space.center
+        return torch.zeros_like(self.statistics.condition_mean) if self.statistics.each else self.statistics.condition_mean
+
+    def condition_noise(self, noise: Tensor, condition: Tensor) -> Tensor:
+        """Standard normal noise `[d]` in the units of task vectors: what wording does to them, or their spread over all tasks; none where
+        `condition` `[d]` says nothing."""
+        if self.space is not None:
+            return self.space.colour(noise)
+        noise = noise * self.statistics.condition_std
+        return noise * (condition != 0) if self.statistics.each else noise
 
     def _decode(self, z: Tensor, v: Tensor, hidden_tasks: Tensor | None = None) -> Tensor:
         """`[B, k]`, normalised `[B, d]` -> normalised `[B, P]`, fp32."""

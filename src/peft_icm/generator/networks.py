@@ -1,8 +1,8 @@
-"""The networks of the conditional VAE: statistics, context attention, and the two architectures.
+"""The networks of the conditional VAE: statistics, context attention, and the three architectures.
 
-Both architectures speak one interface: `encode(l, v) -> (mean, logvar)`, `decode(z, v) -> l`, on normalised vectors;
+All architectures speak one interface: `encode(l, v) -> (mean, logvar)`, `decode(z, v) -> l`, on normalised vectors;
 `reconstruction_loss(squared_error)`; `prior_weight`, that of the squared error of a z from the prior; `fit(l)` for what is estimated
-from the collection instead of trained. Neither has a BatchNorm: a generator produces one sample at a time.
+from the collection instead of trained. None has a BatchNorm: a generator produces one sample at a time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ class Statistics(nn.Module):
 
     Persistent buffers that stay in fp32 whatever the weights are cast to: `mean`, `std` `[num_tensors]`, `condition_mean` `[d]` and
     `condition_std` `[]`. A tensor of zero variance gets a standard deviation of one.
+
+    Args:
+        sizes (`list[int]`): Elements of each tensor of the layout.
+        condition_dim (`int`): d.
+        each (`bool`, defaults to `False`): Whether each number of a task vector has a deviation of its own, `condition_std` `[d]`. A number
+            that is exactly 0 says nothing then, and is taken for the mean: what a request leaves out.
     """
 
     mean: Tensor
@@ -29,13 +35,13 @@ class Statistics(nn.Module):
     condition_mean: Tensor
     condition_std: Tensor
 
-    def __init__(self, sizes: list[int], condition_dim: int):
+    def __init__(self, sizes: list[int], condition_dim: int, each: bool = False):
         super().__init__()
-        self.sizes = sizes
+        self.sizes, self.each = sizes, each
         self.register_buffer("mean", torch.zeros(len(sizes), dtype=torch.float32))
         self.register_buffer("std", torch.ones(len(sizes), dtype=torch.float32))
         self.register_buffer("condition_mean", torch.zeros(condition_dim, dtype=torch.float32))
-        self.register_buffer("condition_std", torch.ones((), dtype=torch.float32))
+        self.register_buffer("condition_std", torch.ones(condition_dim if each else (), dtype=torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Statistics:
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
@@ -47,9 +53,21 @@ class Statistics(nn.Module):
             self.mean[index] = part.mean()
             std = part.std(correction=0)
             self.std[index] = std if std > 0 else 1.0
-        self.condition_mean.copy_(conditions.float().mean(0))
-        std = (conditions.float() - self.condition_mean).std(correction=0)
-        self.condition_std.copy_(std if std > 0 else torch.ones(()))
+        self.fit_conditions(conditions)
+
+    @torch.no_grad()
+    def fit_conditions(self, conditions: Tensor) -> None:
+        """Pool the statistics of task vectors `[M, d]` alone: adapters keep their units."""
+        rows = conditions.float()
+        if self.each:
+            said = rows != 0
+            count = said.sum(0).clamp(min=1)
+            self.condition_mean.copy_(rows.sum(0) / count)
+            std = (((rows - self.condition_mean) * said).square().sum(0) / count).sqrt()
+        else:
+            self.condition_mean.copy_(rows.mean(0))
+            std = (rows - self.condition_mean).std(correction=0)
+        self.condition_std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
     def _spread(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of every coordinate, `[P]` each."""
@@ -68,8 +86,9 @@ class Statistics(nn.Module):
         return torch.addcmul(mean, parameters.float(), std, out=out)
 
     def normalize_condition(self, condition: Tensor) -> Tensor:
-        """`[..., d]` task vectors -> zero mean, pooled unit variance, fp32."""
-        return (condition.float() - self.condition_mean) / self.condition_std
+        """`[..., d]` task vectors -> zero mean, pooled unit variance (or that of each number), fp32."""
+        normal = (condition.float() - self.condition_mean) / self.condition_std
+        return normal * (condition != 0) if self.each else normal
 
 
 class ContextAttention(nn.Module):
@@ -191,6 +210,49 @@ class PrincipalNetwork(nn.Module):
         return 0.5 * torch.log(squared_error + self.ERROR_FLOOR)
 
 
+class DirectNetwork(nn.Module):
+    """A perceptron and one linear map to all of A and B, which the loss of the tasks trains (`objective="task"`).
+
+    `l = c + a U` with `a [B, R]` from z and v, U `[R, P]` and c `[P]` trained: c is one LoRA for all tasks, a U what the task adds to it.
+    c starts as peft starts a LoRA (A random, B zero) and U near zero, so that training begins at the base. A depends on the condition too:
+    it is the direction that is read. The norm of a is bounded by a LayerNorm, as that of the latent in Code2LoRA (arXiv 2606.06492).
+
+    Trained by reconstruction first, z has the posterior of Eq. 3, from what of l is in U's span.
+    """
+
+    prior_weight = 1.0
+    STARTING_DEVIATION = 2e-3  # of U
+
+    def __init__(self, config: ICMConfig):
+        super().__init__()
+        size, rank, hidden = config.adapter_layout.numel, config.num_components or 0, config.hidden_size
+        inputs = config.latent_size + config.projected_dim
+        self.center = nn.Parameter(torch.zeros(size))
+        self.basis = nn.Parameter(torch.randn(rank, size) * self.STARTING_DEVIATION)
+        self.encoder = ResidualMLP(rank + config.projected_dim, hidden, 2 * config.latent_size)
+        steps = (nn.Linear(inputs, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden))
+        self.decoder = nn.Sequential(*steps, nn.Linear(hidden, rank), nn.LayerNorm(rank))
+
+    def fit(self, parameters: Tensor) -> None:
+        """Start at the mean of normalised adapters `[N, P]`; nothing else is estimated outside training."""
+        with torch.no_grad():
+            self.center.copy_(parameters.float().mean(0))
+
+    def encode(self, parameters: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior of z (Eq. 3): `[B, P]`, `[B, d]` -> mean and log-variance, `[B, k]` each."""
+        coordinates = F.layer_norm((parameters - self.center) @ self.basis.T, self.basis.shape[:1])
+        mean, logvar = self.encoder(torch.cat([coordinates, condition], dim=1)).chunk(2, dim=1)
+        return mean, logvar
+
+    def decode(self, latent: Tensor, condition: Tensor) -> Tensor:
+        """Mean of l (Eq. 6): `[B, k]`, `[B, d]` -> `[B, P]`."""
+        return torch.addmm(self.center, self.decoder(torch.cat([latent, condition], dim=1)), self.basis)
+
+    def reconstruction_loss(self, squared_error: Tensor) -> Tensor:
+        """`[B]` mean squared errors -> `[B]`, half of each: a Gaussian of unit variance (Eq. 6)."""
+        return 0.5 * squared_error
+
+
 class PaperNetwork(nn.Module):
     """The convolutional CVAE of the paper (Eqs. 2-9): `x = [l; v]` through one-dimensional convolutions, `[z; v]` through their mirror.
 
@@ -248,4 +310,8 @@ class PaperNetwork(nn.Module):
         return squared_error
 
 
-NETWORKS: dict[str, type[PrincipalNetwork | PaperNetwork]] = {"principal": PrincipalNetwork, "paper": PaperNetwork}
+NETWORKS: dict[str, type[PrincipalNetwork | DirectNetwork | PaperNetwork]] = {
+    "principal": PrincipalNetwork,
+    "direct": DirectNetwork,
+    "paper": PaperNetwork,
+}

@@ -108,6 +108,8 @@ class DetectionTask:
         test_images (`list[AnnotatedImage]`): Held-out images.
         unseen_descriptions (`list[str]`): Sentences that ask for it and that no generator is trained on; for evaluation.
         prompt (`str`, defaults to `"<OD>"`): What Florence-2 is asked; not the class, which the adapter knows.
+        answer (`str`, *optional*): What Florence-2 calls an object of the class, where that is not its label: `"object"`, where the
+            base has no name for it.
 
     Raises:
         `ValueError`: If the name is no file name ([`safe_name`]), or the label or a description is no string or blank.
@@ -120,6 +122,7 @@ class DetectionTask:
     test_images: list[AnnotatedImage]
     unseen_descriptions: list[str] = field(default_factory=list)
     prompt: str = "<OD>"
+    answer: str | None = None
 
     def __post_init__(self) -> None:
         safe_name(self.name, "task")
@@ -163,7 +166,7 @@ class DetectionTask:
         negative: list[AnnotatedImage] = []
         for image in self.train_images:
             named = [(box, label) for box, label in zip(image.boxes, image.labels, strict=True) if label in self.trained_labels]
-            answered = AnnotatedImage(image.image, [box for box, _ in named], [label for _, label in named])
+            answered = AnnotatedImage(image.image, [box for box, _ in named], [self.answer or label for _, label in named])
             (positive if named else negative).append(answered)
         if not positive:
             raise ValueError(
@@ -216,8 +219,8 @@ def load_detection_tasks(folder: str | Path) -> list[DetectionTask]:
     """Read the detection tasks of a folder.
 
     `tasks.json` holds `{"train": {"annotations", "images"}, "test": {...}, "tasks": [{"name", "label", "descriptions",
-    "unseen_descriptions"}]}`, where annotations is a COCO instances file and images a folder, both relative to `folder`; a split may be
-    null, `unseen_descriptions` left out. Relative names stay inside `folder`.
+    "unseen_descriptions", "answer"}]}`, where annotations is a COCO instances file and images a folder, both relative to `folder`; a split
+    may be null, `unseen_descriptions` and `answer` left out. Relative names stay inside `folder`.
 
     Args:
         folder (`str` or `Path`): The folder.
@@ -235,7 +238,8 @@ def load_detection_tasks(folder: str | Path) -> list[DetectionTask]:
 
     def make(entry: dict[str, Any]) -> DetectionTask:
         unseen = entry.get("unseen_descriptions", [])
-        return DetectionTask(entry["name"], entry["descriptions"], entry["label"], images["train"], images["test"], unseen)
+        known = (entry["name"], entry["descriptions"], entry["label"], images["train"], images["test"], unseen)
+        return DetectionTask(*known, answer=entry.get("answer"))
 
     tasks = make_tasks(folder, document["tasks"], make)
     for split in images:  # read last: of a large data set this takes minutes

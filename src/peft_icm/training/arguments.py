@@ -1,4 +1,4 @@
-"""ICMTrainingArguments and ICMTrainer: in-context meta-learning of a generator on transformers' Trainer.
+"""ICMTrainingArguments: in-context meta-learning of a generator on transformers' Trainer.
 
 The procedure, where the paper only names it: an *episode* is a batch that goes round all tasks. Each of its samples is one snapshot of
 its task, with a condition that is drawn anew - the mean of a random handful of the task's phrasings or examples - and with a context of
@@ -7,15 +7,13 @@ its task, with a condition that is drawn anew - the mean of a random handful of 
 
 from __future__ import annotations
 
-import logging
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import (
-    TrainingArguments,
-)
+from transformers import TrainingArguments
 
-logger = logging.getLogger(__name__)
+OBJECTIVES = ("reconstruction", "task")
 
 
 @dataclass
@@ -25,6 +23,8 @@ class ICMTrainingArguments(TrainingArguments):
     > Parameters that control the episodes
 
     Args:
+        objective (`str`, defaults to `"reconstruction"`): `"reconstruction"`: of the snapshots of a collection (Eqs. 2-9). `"task"`: the
+            loss of the tasks' own examples on the base under the generated adapters.
         max_handful (`int`, defaults to 4): A condition is the mean of 1 to this many of its task's vectors.
         phrasings (`int`, defaults to 64): Sentences that each task should have: one with fewer gets phrasings of those it has
             ([`phrasings`]), where the trainer has an encoder that reads text. 0 for none.
@@ -33,6 +33,10 @@ class ICMTrainingArguments(TrainingArguments):
             the spread of the collection's task vectors.
         leave_out_rate (`float`, defaults to 0.5): Share of episodes in which a task's own pair is hidden from the context.
         held_out (`float`, defaults to 0.2): Share of each task's snapshots that is kept for evaluation.
+
+        condition_dropout (`float`, defaults to 0.1): `"task"` only: share of samples that are trained without a condition. What the
+            generator gives then is one LoRA for all tasks.
+        dataset_kwargs (`dict`, *optional*): `"task"` only: for each task's `train_dataset`, as in [`CollectingArguments`].
 
     > Parameters that control the loss
 
@@ -48,6 +52,9 @@ class ICMTrainingArguments(TrainingArguments):
     max_handful: int = field(default=4)
     phrasings: int = field(default=64)
     condition_noise: float = field(default=0.5)
+    objective: str = field(default="reconstruction")
+    condition_dropout: float = field(default=0.1)
+    dataset_kwargs: dict[str, Any] | str = field(default_factory=dict)
     leave_out_rate: float = field(default=0.5)
     held_out: float = field(default=0.2)
     kl_warmup_ratio: float = field(default=0.1)
@@ -59,7 +66,11 @@ class ICMTrainingArguments(TrainingArguments):
             raise ValueError(f"max_handful={self.max_handful} must be at least 1.")
         if self.phrasings < 0:
             raise ValueError(f"phrasings={self.phrasings} must not be negative.")
-        for name in ("leave_out_rate", "held_out", "kl_warmup_ratio"):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} is unknown: choose one of {', '.join(OBJECTIVES)}.")
+        if isinstance(self.dataset_kwargs, str):  # from a command line
+            self.dataset_kwargs = json.loads(self.dataset_kwargs)
+        for name in ("leave_out_rate", "held_out", "kl_warmup_ratio", "condition_dropout"):
             if not 0 <= getattr(self, name) < 1 and not (name == "leave_out_rate" and self.leave_out_rate == 1):
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")
 

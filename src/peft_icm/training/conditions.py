@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,14 @@ from torch import Tensor
 from ..adapters.collection import AdapterCollection
 from ..conditioning import TaskEncoder
 from ..conditioning.phrasings import foreign, phrasings
+from ..tasks.annotated_images import crops
+from ..tasks.detection import DetectionTask
+from ..tasks.language_modeling import LanguageModelingTask
 
 HELD_OUT_PHRASINGS = 48  # of each task
 EVERY = 5  # of the collection's own vectors, each fifth is kept for the threshold, where a task has as many
+EXCERPTS, EXCERPT = 64, 400  # of a task's texts, and their characters
+CROPS = 160  # pictures of a task's objects
 ALIKE = 0.7  # cosine to a task's sentence above which a foreign request may well mean that task
 
 
@@ -85,3 +91,42 @@ def training_conditions(
 def _say(sentences: list[str], count: int, seed: int, held_out: bool = False) -> list[str]:
     each = math.ceil(count / len(sentences))
     return [line for sentence in sentences for line in phrasings(sentence, each, seed=seed, held_out=held_out)]
+
+
+def task_conditions(task: Any, encoder: TaskEncoder, count: int, seed: int = 0) -> list[Tensor]:
+    """The task vectors of a task without a LoRA, from everything of it that an encoder reads.
+
+    Args:
+        task ([`LanguageModelingTask`] or [`DetectionTask`]): Its sentences, and excerpts of its texts or pictures of its objects.
+        encoder (`TaskEncoder`): That reads at least one of them.
+        count (`int`): Sentences that a task should have: one with fewer gets phrasings of those it has. 0 for none.
+        seed (`int`, defaults to 0): Of the phrasings.
+
+    Returns:
+        `list[Tensor]`: `[m, d]` for each of `encoder.accepts` that the task has.
+
+    Raises:
+        `ValueError`: If the task has nothing that the encoder reads.
+    """
+    found = []
+    for argument in encoder.accepts:
+        items: list[Any] = []
+        if argument == "text":
+            missing = count - len(task.descriptions)
+            items = [*task.descriptions, *(_say(task.descriptions, missing, seed) if missing > 0 else [])]
+        elif argument == "examples" and isinstance(task, LanguageModelingTask):
+            items = excerpts(task.train_texts, EXCERPTS)
+        elif argument == "images" and isinstance(task, DetectionTask):
+            items = crops(task.train_images, task.label, CROPS)
+        if items:
+            found.append(encoder.read(argument, items))
+    if not found:
+        raise ValueError(f"Task {task.name!r} has nothing that the {encoder.kind} encoder reads, {' or '.join(encoder.accepts)}.")
+    return found
+
+
+def excerpts(texts: list[str], count: int) -> list[str]:
+    """Pieces of 400 characters from all over the texts, at most so many."""
+    pieces = [text[start : start + EXCERPT] for text in texts for start in range(0, len(text), EXCERPT)]
+    pieces = [piece for piece in pieces if piece.strip()]
+    return pieces[:: -(-len(pieces) // count)] if pieces else []

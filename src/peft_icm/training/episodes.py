@@ -1,4 +1,4 @@
-"""ICMTrainingArguments and ICMTrainer: in-context meta-learning of a generator on transformers' Trainer.
+"""Episodes of snapshots: in-context meta-learning of a generator.
 
 The procedure, where the paper only names it: an *episode* is a batch that goes round all tasks. Each of its samples is one snapshot of
 its task, with a condition that is drawn anew - the mean of a random handful of the task's phrasings or examples - and with a context of
@@ -8,7 +8,6 @@ its task, with a condition that is drawn anew - the mean of a random handful of 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterator
 
 import torch
@@ -17,9 +16,6 @@ from torch.utils.data import Dataset, Sampler
 
 from ..generator.condition_space import ConditionSpace
 from .arguments import ICMTrainingArguments
-
-logger = logging.getLogger(__name__)
-
 
 Key = tuple[int, int, int, int]  # epoch, position in the epoch, task, snapshot
 

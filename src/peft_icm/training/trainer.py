@@ -1,24 +1,20 @@
-"""ICMTrainingArguments and ICMTrainer: in-context meta-learning of a generator on transformers' Trainer.
-
-The procedure, where the paper only names it: an *episode* is a batch that goes round all tasks. Each of its samples is one snapshot of
-its task, with a condition that is drawn anew - the mean of a random handful of the task's phrasings or examples - and with a context of
-(task vector, latent) pairs from which, in half of the episodes, the task's own pair is hidden.
-"""
+"""ICMTrainer: transformers' Trainer, with one of two objectives."""
 
 from __future__ import annotations
 
 import functools
-import logging
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from transformers import (
-    EvalPrediction,
     IntervalStrategy,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -34,14 +30,9 @@ from ..generator.modeling_icm import ICMGenerator
 from ..hub.cards import generator_card
 from ..hub.files import CARD, marked
 from .arguments import ICMTrainingArguments
-from .conditions import Conditions, training_conditions
-from .episodes import EpisodeDataset, EpisodeSampler, held_out_mask
 from .recipe import keep_others_out, let_others_in
-
-logger = logging.getLogger(__name__)
-
-
-COLLAPSED = 0.1  # nats of held-out KL below which z carries nothing
+from .reconstruction import Reconstruction
+from .through_task import ThroughTask
 
 
 class RefreshContext(TrainerCallback):
@@ -79,22 +70,35 @@ def _or_the_order_of_0_1_0(init: Callable[..., None]) -> Callable[..., None]:
 
 
 class ICMTrainer(Trainer):
-    """Trains an [`ICMGenerator`] on an [`AdapterCollection`].
+    """Trains an [`ICMGenerator`]: on the snapshots of an [`AdapterCollection`], or through the loss of tasks on a base model.
 
-    Logs, on held-out snapshots: `eval_kl` (nats), `eval_active_units` (latent dimensions whose posterior mean has a variance above
-    0.01, Burda et al. 2016), `eval_mse` (from the posterior), `eval_prior_mse` (z ~ N(0, I)), `eval_zero_mse` (z = 0), all in pooled,
-    normalised units, and `eval_variance_explained`.
+    With `args.objective="reconstruction"` it logs, on held-out snapshots: `eval_kl` (nats), `eval_active_units` (latent dimensions whose
+    posterior mean has a variance above 0.01, Burda et al. 2016), `eval_mse` (from the posterior), `eval_prior_mse` (z ~ N(0, I)),
+    `eval_zero_mse` (z = 0), all in pooled, normalised units, and `eval_variance_explained`.
+
+    With `args.objective="task"` the base reads examples of the tasks under the generated adapters, each example of a batch under one of its
+    own, and its loss trains the generator: no LoRA is collected. On examples of `eval_tasks`, which nothing is trained on, it logs
+    `eval_unseen_loss`, `eval_unseen_shared_loss` (without a condition: one LoRA for all tasks), `eval_unseen_base_loss` (without an
+    adapter), all in nats per token, and `eval_unseen_gain`, the first below the second. A generator that was trained by reconstruction may
+    be trained on like that, where its layout has linear targets alone.
 
     Args:
         model ([`ICMGenerator`] or [`ICMConfig`], *optional*): What to train. A config, or nothing, builds a new generator, whose
-            layout, encoder and tasks are those of the collection and whose statistics are estimated from it.
+            layout, encoder and tasks are those of the collection and whose statistics are estimated from it; for `"task"` a `"direct"` one.
         args ([`ICMTrainingArguments`], *optional*): Defaults where not given.
-        collection (`AdapterCollection`): With task vectors.
-        encoder (`TaskEncoder`, *optional*): The encoder of the task vectors; saved with the generator if it is a local one.
+        collection (`AdapterCollection`, *optional*): With task vectors; for `"reconstruction"`.
+        encoder (`TaskEncoder`, *optional*): The encoder of the task vectors; saved with the generator if it is a local one. `"task"` needs
+            it.
+        tasks (`Sequence[Task]`, *optional*): What `"task"` trains on.
+        eval_tasks (`Sequence[Task]`, *optional*): Tasks that nothing is trained on.
+        base_model (`str`, `Path` or `PreTrainedModel`, *optional*): The base that `"task"` trains for; its weights stay as they are.
+        lora_config (`LoraConfig`, *optional*): Of the adapters of a new generator of `"task"`.
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): Of the base; by default that beside it.
         **kwargs: For transformers' `Trainer`.
 
     Raises:
-        `ValueError`: If the collection has no task vectors or holds a value that is not finite, or the model has another layout.
+        `ValueError`: If the collection has no task vectors or holds a value that is not finite, the model has another layout, what the
+            objective needs is missing, or a target is no linear layer.
         `OSError`: If `args.output_dir` is a file.
     """
 
@@ -105,124 +109,75 @@ class ICMTrainer(Trainer):
         args: ICMTrainingArguments | None = None,
         collection: AdapterCollection | None = None,
         encoder: TaskEncoder | None = None,
+        *,
+        tasks: Sequence[Any] | None = None,
+        eval_tasks: Sequence[Any] = (),
+        base_model: str | os.PathLike[str] | PreTrainedModel | None = None,
+        lora_config: LoraConfig | None = None,
+        processing_class: Any = None,
         **kwargs: Any,
     ):
-        if collection is None:
-            raise ValueError("ICMTrainer needs collection=, an AdapterCollection with task vectors.")
         args = args or ICMTrainingArguments()
-        make_folder(args.output_dir or ".", "output_dir")
-        collection.__post_init__()  # its checks: tensors may have been changed in place since it was made
-        missing = [task for task in collection.tasks if task not in collection.task_vectors]
-        if missing:
-            raise ValueError(f"The collection has no task vectors for {missing[0]!r}: call collection.encode(encoder) first.")
         self.collection = collection
-        self.reading: dict[str, Any] = (model.config.training or {}).get("reading", {}) if isinstance(model, ICMGenerator) else {}
-        snapshots = [collection.snapshots[task].float() for task in collection.tasks]
-        new = not isinstance(model, ICMGenerator)
-        space = condition_space(model or ICMConfig(), collection) if new else "none"  # type: ignore[arg-type]
-        conditions = training_conditions(collection, encoder, args.phrasings, args.seed, threshold=space != "none")
-        vectors = conditions.rows
-        held = [held_out_mask(len(part), args.held_out) for part in snapshots]
-        train = [part[~mask] for part, mask in zip(snapshots, held, strict=True)]
-        test = [part[mask] for part, mask in zip(snapshots, held, strict=True)]
-        if not isinstance(model, ICMGenerator):
-            model = new_generator(collection, model or ICMConfig(), encoder, args.seed)
-            self.reading = fit(model, torch.cat(train), conditions)
-        if model.layout.fingerprint != collection.layout.fingerprint:
-            raise ValueError(
-                f"The generator's layout is {model.layout.fingerprint}, the collection's {collection.layout.fingerprint}: they must be"
-                " one. Build a new generator from the collection."
-            )
-        self.generator = model
-        self.train_vectors = torch.stack([part.mean(0) for part in vectors])
-        center = model.statistics.normalize(torch.cat(train)).mean(0)
-        self.center = center
-        batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-        size = model.config.latent_size
-        held_out = any(len(part) for part in test)
-        if not held_out and args.eval_strategy != "no":
-            logger.warning("No snapshot is held out (held_out=%g, one snapshot for each task?): nothing is evaluated.", args.held_out)
+        self.objective: Reconstruction | ThroughTask
+        if args.objective == "task":
+            make_folder(args.output_dir or ".", "output_dir")
+            if not tasks or base_model is None or encoder is None:
+                raise ValueError("objective='task' needs tasks=, base_model= and encoder=.")
+            self.objective = ThroughTask(model, args, tasks, eval_tasks, base_model, lora_config, encoder, processing_class)
+        else:
+            if collection is None:
+                raise ValueError("ICMTrainer needs collection=, an AdapterCollection with task vectors.")
+            make_folder(args.output_dir or ".", "output_dir")
+            self.objective = Reconstruction(model or ICMConfig(), args, collection, encoder)
+        self.generator = self.objective.generator
+        evaluated: Any = self.objective.eval_dataset
+        if evaluated is None:
             args.eval_strategy = IntervalStrategy.NO
         super().__init__(
-            model=model,
+            model=self.generator,
             args=args,
-            train_dataset=EpisodeDataset(train, vectors, args, size, batch, model.space),
-            eval_dataset=EpisodeDataset(test, vectors, args, size, batch, model.space) if held_out else None,
-            compute_metrics=self._metrics,
+            data_collator=self.objective.data_collator,
+            train_dataset=self.objective.train_dataset,
+            eval_dataset=evaluated,
+            compute_metrics=self.objective.metrics,
             **kwargs,
         )
-        self.label_names = ["parameters"]
+        self.label_names = list(self.objective.label_names)
+        self.model_accepts_loss_kwargs = args.objective == "task"  # its loss is a mean over all tokens of a batch, whoever computes them
         self.add_callback(RefreshContext(self))
-        self._parts: dict[str, tuple[Tensor, int]] = {}  # sums since the last log, and of how many steps
 
-    # ------------------------------------------------------------------ episodes
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpisodeSampler:
-        dataset: Any = train_dataset or self.train_dataset
-        return EpisodeSampler(dataset)
+    # ------------------------------------------------------------------ what the objective decides
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.objective.sampler(train_dataset or self.train_dataset)
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> EpisodeSampler:
-        return EpisodeSampler(eval_dataset, evaluate=True)
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return self.objective.sampler(eval_dataset, evaluate=True)
 
     def refresh_context(self) -> None:
         """Recompute the (task vector, latent) pairs of the context from the training snapshots."""
-        dataset = self.train_dataset
-        assert isinstance(dataset, EpisodeDataset)
-        self.generator.remember(dataset.snapshots, self.train_vectors)
+        self.objective.refresh()
 
-    # ------------------------------------------------------------------ loss and metrics
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Eq. 8 with the scheduled KL weight; keeps its two terms for the log."""
-        outputs = model(**inputs)
-        warmup = self.args.kl_warmup_ratio * self.state.max_steps  # type: ignore[attr-defined]
-        ramp = min(1.0, self.state.global_step / warmup) if warmup and model.training else 1.0
-        loss = outputs.reconstruction_loss + ramp * self.generator.config.kl_weight * outputs.kl_loss
-        if model.training:
-            for name, value in (("kl", outputs.kl_loss), ("mse", outputs.squared_error.mean())):
-                total, count = self._parts.get(name, (torch.zeros_like(outputs.kl_loss), 0))
-                self._parts[name] = (total + value.detach(), count + 1)
+        """The objective's loss."""
+        loss, outputs = self.objective.loss(self, model, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean KL (nats) and squared error since the last log."""
+        """Add what the objective kept since the last log."""
         if "loss" in logs:
-            logs |= {name: round(float(total / count), 4) for name, (total, count) in self._parts.items()}
-            self._parts.clear()
+            logs |= self.objective.logged()
         super().log(logs, start_time)
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, Any, Tensor]:
-        """Errors of each held-out snapshot from the posterior, the prior and z = 0."""
+        """The objective's figures of each held-out sample."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            l = self.generator.statistics.normalize(inputs["parameters"])
-            noise = inputs["noise"]
-
-            def error(z: Tensor) -> Tensor:
-                decoded = self.generator.decode(z, inputs["condition"])
-                return (self.generator.statistics.normalize(decoded) - l).square().mean(1)
-
-            kl = 0.5 * (outputs.latent_mean.square() + outputs.latent_logvar.exp() - 1 - outputs.latent_logvar).sum(1)
-            variance = (l - self.center.to(l.device)).square().mean(1)
-            errors = (outputs.squared_error, error(noise), error(torch.zeros_like(noise)))
-        return loss.detach(), (*errors, kl, variance, outputs.latent_mean), inputs["parameters"][:, 0]
-
-    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        mse, prior, zero, kl, variance, mean = (torch.as_tensor(part) for part in prediction.predictions)
-        metrics = {
-            "mse": float(mse.mean()),
-            "prior_mse": float(prior.mean()),
-            "zero_mse": float(zero.mean()),
-            "kl": float(kl.mean()),
-            "active_units": int((mean.var(0, correction=0) > 0.01).sum()),
-            "variance_explained": float(1 - mse.mean() / variance.mean()),
-        }
-        if metrics["kl"] < COLLAPSED:
-            logger.warning("The posterior has collapsed: held-out KL is %.4f nats, z is ignored. Lower kl_weight.", metrics["kl"])
-        return metrics
+            return self.objective.predict(self, model, inputs)
 
     # ------------------------------------------------------------------ the end
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -236,23 +191,16 @@ class ICMTrainer(Trainer):
         try:
             output = super().train(*args, **kwargs)
         finally:
-            self._parts.clear()  # the steps since the last log are no part of the next run
+            self.objective.logged()  # the steps since the last log are no part of the next run
             let_others_in(self.args.output_dir or ".")
         metrics = self.evaluate() if self.eval_dataset is not None else {}
         self.generator.config.training = {
-            "snapshots": len(self.train_dataset),  # type: ignore[arg-type]
-            "held_out_snapshots": len(self.eval_dataset) if self.eval_dataset is not None else 0,  # type: ignore[arg-type]
+            "objective": self.args.objective,  # type: ignore[attr-defined]
             "epochs": self.state.num_train_epochs,
             "steps": self.state.global_step,
             "seed": self.args.seed,
             "learning_rate": self.args.learning_rate,
-            "collection": self.collection.metadata,
-            "reading": self.reading,
-            "metrics": [
-                {"type": name, "name": title, "value": round(metrics[f"eval_{name}"], 4), "dataset": "held-out snapshots"}
-                for name, title in [("variance_explained", "variance explained"), ("kl", "KL divergence (nats)")]
-                if metrics
-            ],
+            **self.objective.facts(metrics),
         }
         return output
 
@@ -270,83 +218,3 @@ class ICMTrainer(Trainer):
         repo_id = self.args.hub_model_id or Path(self.args.output_dir or ".").name
         options = {"private": self.args.hub_private_repo, "token": self.args.hub_token, **kwargs}
         return self.generator.push_to_hub(repo_id, commit_message=commit_message or "End of training", **options)
-
-
-def new_generator(collection: AdapterCollection, config: ICMConfig, encoder: TaskEncoder | None = None, seed: int = 0) -> ICMGenerator:
-    """A generator with fresh weights for the layout, encoder and tasks of a collection.
-
-    Args:
-        collection (`AdapterCollection`): With task vectors.
-        config ([`ICMConfig`]): Architecture and sizes; layout, encoder and tasks are filled in.
-        encoder (`TaskEncoder`, *optional*): Travels with the generator when its checkpoint is a local folder.
-        seed (`int`, defaults to 0): Of the weights.
-
-    Returns:
-        [`ICMGenerator`]
-    """
-    values = config.to_diff_dict()
-    named = dict(encoder.config if encoder else collection.encoder or {})
-    if encoder is not None and Path(encoder.config["checkpoint"]).is_dir():
-        named |= {"checkpoint": "encoder", "folder": "encoder"}
-    values |= {
-        "layout": collection.layout.to_dict(),
-        "encoder": named or None,
-        "condition_dim": collection.task_vectors[collection.tasks[0]].shape[1],
-        "tasks": [{"name": task, "description": (collection.descriptions.get(task) or [""])[0]} for task in collection.tasks],
-        "condition_space": condition_space(config, collection),
-    }
-    torch.manual_seed(seed)
-    generator = ICMGenerator(ICMConfig(**values))
-    if encoder is not None:
-        generator.encoder = encoder
-    return generator
-
-
-def condition_space(config: ICMConfig, collection: AdapterCollection) -> str:
-    """The condition space of a new generator: that of its config, else `"lda"`.
-
-    The paper has no projection, and with one task there is nothing to tell apart: `"none"`.
-
-    Args:
-        config ([`ICMConfig`]): Of the new generator.
-        collection (`AdapterCollection`): That it is trained on.
-
-    Returns:
-        `str`
-    """
-    return config.condition_space or ("lda" if config.architecture != "paper" and len(collection.tasks) > 1 else "none")
-
-
-def fit(generator: ICMGenerator, parameters: Tensor, conditions: Conditions) -> dict[str, Any]:
-    """Estimate everything about a new generator that is not trained, the threshold of what it knows among it.
-
-    Args:
-        generator ([`ICMGenerator`]): With fresh weights.
-        parameters (`Tensor`): `[N, P]` training snapshots of all tasks.
-        conditions ([`Conditions`]): Their task vectors.
-
-    Returns:
-        `dict[str, Any]`: Of the threshold, for the card; empty where none is fitted.
-    """
-    indices = [torch.full((len(part),), index) for index, part in enumerate(conditions.rows)]
-    rows, tasks = torch.cat(conditions.rows), torch.cat(indices)
-    generator.fit(parameters, rows, tasks)
-    if generator.reader is None or generator.space is None:
-        logger.warning("condition_space is 'none' or there is one task: no threshold is fitted, the generator takes any request for known.")
-        return {}
-    held = torch.cat(conditions.held_out)
-    if not len(held):
-        logger.warning("No task vector is held out (fewer than five of each task, no encoder that reads text): no threshold is fitted.")
-    held_tasks = torch.cat([torch.full((len(part),), index) for index, part in enumerate(conditions.held_out)])
-    generator.reader.fit(generator.space, rows, tasks, held, held_tasks, conditions.foreign)
-    if not len(held):
-        return {}
-    _, familiarity = generator.reader(generator.space, torch.cat([held, conditions.foreign]))
-    known = familiarity >= generator.reader.threshold
-    return {
-        "familiarity_threshold": round(float(generator.reader.threshold), 4),
-        "held_out_phrasings": len(held),
-        "held_out_phrasings_read": round(float(known[: len(held)].float().mean()), 4),
-        "foreign_requests": len(conditions.foreign),
-        "foreign_requests_read": round(float(known[len(held) :].float().mean()), 4) if len(conditions.foreign) else None,
-    }

@@ -1,0 +1,225 @@
+"""`objective="reconstruction"`: the snapshots of a collection are the targets (Eqs. 2-9)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import EvalPrediction, Trainer
+
+from ..adapters.collection import AdapterCollection
+from ..conditioning import TaskEncoder
+from ..generator.configuration_icm import ICMConfig
+from ..generator.modeling_icm import ICMGenerator
+from .arguments import ICMTrainingArguments
+from .conditions import Conditions, training_conditions
+from .episodes import EpisodeDataset, EpisodeSampler, held_out_mask
+
+logger = logging.getLogger(__name__)
+
+COLLAPSED = 0.1  # nats of held-out KL below which z carries nothing
+
+
+class Reconstruction:
+    """What [`ICMTrainer`] does with a collection: episodes of snapshots, Eq. 8, and errors on held-out snapshots.
+
+    Args:
+        model ([`ICMGenerator`] or [`ICMConfig`]): What to train; a config builds a new generator.
+        args ([`ICMTrainingArguments`]): Of the training.
+        collection (`AdapterCollection`): With task vectors.
+        encoder (`TaskEncoder`, *optional*): Of the task vectors.
+
+    Raises:
+        `ValueError`: If the collection has no task vectors or holds a value that is not finite, or the model has another layout.
+    """
+
+    label_names = ("parameters",)
+    data_collator = None
+
+    def __init__(
+        self, model: ICMGenerator | ICMConfig, args: ICMTrainingArguments, collection: AdapterCollection, encoder: TaskEncoder | None
+    ):
+        collection.__post_init__()  # its checks: tensors may have been changed in place since it was made
+        missing = [task for task in collection.tasks if task not in collection.task_vectors]
+        if missing:
+            raise ValueError(f"The collection has no task vectors for {missing[0]!r}: call collection.encode(encoder) first.")
+        self.collection, self.args = collection, args
+        self.reading: dict[str, Any] = (model.config.training or {}).get("reading", {}) if isinstance(model, ICMGenerator) else {}
+        snapshots = [collection.snapshots[task].float() for task in collection.tasks]
+        space = "none" if isinstance(model, ICMGenerator) else condition_space(model, collection)
+        conditions = training_conditions(collection, encoder, args.phrasings, args.seed, threshold=space != "none")
+        vectors = conditions.rows
+        held = [held_out_mask(len(part), args.held_out) for part in snapshots]
+        train = [part[~mask] for part, mask in zip(snapshots, held, strict=True)]
+        test = [part[mask] for part, mask in zip(snapshots, held, strict=True)]
+        if not isinstance(model, ICMGenerator):
+            model = new_generator(collection, model, encoder, args.seed)
+            self.reading = fit(model, torch.cat(train), conditions)
+        if model.layout.fingerprint != collection.layout.fingerprint:
+            raise ValueError(
+                f"The generator's layout is {model.layout.fingerprint}, the collection's {collection.layout.fingerprint}: they must be"
+                " one. Build a new generator from the collection."
+            )
+        self.generator = model
+        self.train_vectors = torch.stack([part.mean(0) for part in vectors])
+        self.center = model.statistics.normalize(torch.cat(train)).mean(0)
+        batch, size = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps, model.config.latent_size
+        self.train_dataset = EpisodeDataset(train, vectors, args, size, batch, model.space)
+        self.eval_dataset = EpisodeDataset(test, vectors, args, size, batch, model.space) if any(len(part) for part in test) else None
+        if self.eval_dataset is None and args.eval_strategy != "no":
+            logger.warning("No snapshot is held out (held_out=%g, one snapshot for each task?): nothing is evaluated.", args.held_out)
+        self._parts: dict[str, tuple[Tensor, int]] = {}  # sums since the last log, and of how many steps
+
+    def sampler(self, dataset: Any, evaluate: bool = False) -> EpisodeSampler:
+        """The order of the episodes."""
+        return EpisodeSampler(dataset, evaluate)
+
+    def refresh(self) -> None:
+        """Recompute the (task vector, latent) pairs of the context from the training snapshots."""
+        self.generator.remember(self.train_dataset.snapshots, self.train_vectors)
+
+    def loss(self, trainer: Trainer, model: torch.nn.Module, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Any]:
+        """Eq. 8 with the scheduled KL weight; keeps its two terms for the log."""
+        outputs = model(**inputs)
+        warmup = self.args.kl_warmup_ratio * trainer.state.max_steps
+        ramp = min(1.0, trainer.state.global_step / warmup) if warmup and model.training else 1.0
+        loss = outputs.reconstruction_loss + ramp * self.generator.config.kl_weight * outputs.kl_loss
+        if model.training:
+            for name, value in (("kl", outputs.kl_loss), ("mse", outputs.squared_error.mean())):
+                total, count = self._parts.get(name, (torch.zeros_like(outputs.kl_loss), 0))
+                self._parts[name] = (total + value.detach(), count + 1)
+        return loss, outputs
+
+    def logged(self) -> dict[str, float]:
+        """The mean KL (nats) and squared error since the last log."""
+        means = {name: round(float(total / count), 4) for name, (total, count) in self._parts.items()}
+        self._parts.clear()
+        return means
+
+    def predict(self, trainer: Trainer, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any, Tensor]:
+        """Errors of each held-out snapshot from the posterior, the prior and z = 0."""
+        loss, outputs = self.loss(trainer, model, inputs, None)
+        l = self.generator.statistics.normalize(inputs["parameters"])
+        noise = inputs["noise"]
+
+        def error(z: Tensor) -> Tensor:
+            decoded = self.generator.decode(z, inputs["condition"])
+            return (self.generator.statistics.normalize(decoded) - l).square().mean(1)
+
+        kl = 0.5 * (outputs.latent_mean.square() + outputs.latent_logvar.exp() - 1 - outputs.latent_logvar).sum(1)
+        variance = (l - self.center.to(l.device)).square().mean(1)
+        errors = (outputs.squared_error, error(noise), error(torch.zeros_like(noise)))
+        return loss.detach(), (*errors, kl, variance, outputs.latent_mean), inputs["parameters"][:, 0]
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Means over the held-out snapshots; a collapsed posterior is warned of."""
+        mse, prior, zero, kl, variance, mean = (torch.as_tensor(part) for part in prediction.predictions)
+        metrics = {
+            "mse": float(mse.mean()),
+            "prior_mse": float(prior.mean()),
+            "zero_mse": float(zero.mean()),
+            "kl": float(kl.mean()),
+            "active_units": int((mean.var(0, correction=0) > 0.01).sum()),
+            "variance_explained": float(1 - mse.mean() / variance.mean()),
+        }
+        if metrics["kl"] < COLLAPSED:
+            logger.warning("The posterior has collapsed: held-out KL is %.4f nats, z is ignored. Lower kl_weight.", metrics["kl"])
+        return metrics
+
+    def facts(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """What the card says of the data and of what was measured on it."""
+        titles = [("variance_explained", "variance explained"), ("kl", "KL divergence (nats)")]
+        return {
+            "snapshots": len(self.train_dataset),
+            "held_out_snapshots": len(self.eval_dataset) if self.eval_dataset is not None else 0,
+            "collection": self.collection.metadata,
+            "reading": self.reading,
+            "metrics": [
+                {"type": name, "name": title, "value": round(metrics[f"eval_{name}"], 4), "dataset": "held-out snapshots"}
+                for name, title in titles
+                if metrics
+            ],
+        }
+
+
+def new_generator(collection: AdapterCollection, config: ICMConfig, encoder: TaskEncoder | None = None, seed: int = 0) -> ICMGenerator:
+    """A generator with fresh weights for the layout, encoder and tasks of a collection.
+
+    Args:
+        collection (`AdapterCollection`): With task vectors.
+        config ([`ICMConfig`]): Architecture and sizes; layout, encoder and tasks are filled in.
+        encoder (`TaskEncoder`, *optional*): Travels with the generator when its checkpoint is a local folder.
+        seed (`int`, defaults to 0): Of the weights.
+
+    Returns:
+        [`ICMGenerator`]
+    """
+    values = config.to_diff_dict()
+    named = dict(encoder.config if encoder else collection.encoder or {})
+    if encoder is not None and Path(encoder.config["checkpoint"]).is_dir():
+        named |= {"checkpoint": "encoder", "folder": "encoder"}
+    values |= {
+        "layout": collection.layout.to_dict(),
+        "encoder": named or None,
+        "condition_dim": collection.task_vectors[collection.tasks[0]].shape[1],
+        "tasks": [{"name": task, "description": (collection.descriptions.get(task) or [""])[0]} for task in collection.tasks],
+        "condition_space": condition_space(config, collection),
+    }
+    torch.manual_seed(seed)
+    generator = ICMGenerator(ICMConfig(**values))
+    if encoder is not None:
+        generator.encoder = encoder
+    return generator
+
+
+def condition_space(config: ICMConfig, collection: AdapterCollection) -> str:
+    """The condition space of a new generator: that of its config, else `"lda"`.
+
+    The paper has no projection, and with one task there is nothing to tell apart: `"none"`.
+
+    Args:
+        config ([`ICMConfig`]): Of the new generator.
+        collection (`AdapterCollection`): That it is trained on.
+
+    Returns:
+        `str`
+    """
+    return config.condition_space or ("lda" if config.architecture != "paper" and len(collection.tasks) > 1 else "none")
+
+
+def fit(generator: ICMGenerator, parameters: Tensor, conditions: Conditions) -> dict[str, Any]:
+    """Estimate everything about a new generator that is not trained, the threshold of what it knows among it.
+
+    Args:
+        generator ([`ICMGenerator`]): With fresh weights.
+        parameters (`Tensor`): `[N, P]` training snapshots of all tasks.
+        conditions ([`Conditions`]): Their task vectors.
+
+    Returns:
+        `dict[str, Any]`: Of the threshold, for the card; empty where none is fitted.
+    """
+    indices = [torch.full((len(part),), index) for index, part in enumerate(conditions.rows)]
+    rows, tasks = torch.cat(conditions.rows), torch.cat(indices)
+    generator.fit(parameters, rows, tasks)
+    if generator.reader is None or generator.space is None:
+        logger.warning("condition_space is 'none' or there is one task: no threshold is fitted, the generator takes any request for known.")
+        return {}
+    held = torch.cat(conditions.held_out)
+    if not len(held):
+        logger.warning("No task vector is held out (fewer than five of each task, no encoder that reads text): no threshold is fitted.")
+    held_tasks = torch.cat([torch.full((len(part),), index) for index, part in enumerate(conditions.held_out)])
+    generator.reader.fit(generator.space, rows, tasks, held, held_tasks, conditions.foreign)
+    if not len(held):
+        return {}
+    _, familiarity = generator.reader(generator.space, torch.cat([held, conditions.foreign]))
+    known = familiarity >= generator.reader.threshold
+    return {
+        "familiarity_threshold": round(float(generator.reader.threshold), 4),
+        "held_out_phrasings": len(held),
+        "held_out_phrasings_read": round(float(known[: len(held)].float().mean()), 4),
+        "foreign_requests": len(conditions.foreign),
+        "foreign_requests_read": round(float(known[len(held) :].float().mean()), 4) if len(conditions.foreign) else None,
+    }

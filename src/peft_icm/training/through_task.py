@@ -1,0 +1,310 @@
+"""`objective="task"`: the base reads examples of the tasks under the generated adapters, and its loss trains the generator."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset, Sampler
+from transformers import AutoConfig, AutoProcessor, EvalPrediction, PreTrainedModel, Trainer
+
+from ..adapters.base import base_class
+from ..adapters.layout import AdapterLayout
+from ..adapters.per_sample import PerSampleLora
+from ..conditioning import TaskEncoder
+from ..generator.configuration_icm import ICMConfig
+from ..generator.modeling_icm import ICMGenerator
+from .arguments import ICMTrainingArguments
+from .conditions import task_conditions
+from .episodes import seeded
+
+EVALUATED = 16  # examples of each task that nothing is trained on
+
+Key = tuple[int, int, int]  # epoch, position in the epoch, task
+
+
+class TaskEpisodes(Dataset[dict[str, Tensor]]):
+    """Examples of tasks, each with a condition of its task, as a function of (seed, epoch, position) alone.
+
+    Args:
+        datasets (`list[Dataset]`): Examples of each task: dicts of tensors as the base takes them, with `labels`.
+        vectors (`list[list[Tensor]]`): Of each task its task vectors `[m, d]`, one tensor for each thing that can be given: sentences,
+            pictures, examples.
+        args ([`ICMTrainingArguments`]): Seed, handful, noise, dropout.
+        generator ([`ICMGenerator`]): Its latent size and what its condition space takes for noise.
+        encoder (`TaskEncoder`): How it averages.
+    """
+
+    def __init__(
+        self,
+        datasets: list[Any],
+        vectors: list[list[Tensor]],
+        args: ICMTrainingArguments,
+        generator: ICMGenerator,
+        encoder: TaskEncoder,
+    ):
+        self.datasets, self.vectors, self.args, self.generator, self.encoder = datasets, vectors, args, generator, encoder
+        self.batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+
+    def __len__(self) -> int:
+        return -(-len(self.datasets) // self.batch) * self.batch
+
+    def __getitem__(self, key: Key) -> dict[str, Tensor]:
+        epoch, position, task = key
+        draw = seeded(self.args.seed, epoch, "task", position)
+        noise = torch.randn(self.generator.config.latent_size, generator=draw)
+        groups = self.vectors[task]
+        # Each thing that can be given alone, or all of them: the generator learns to do with what there is.
+        chosen = int(torch.randint(len(groups) + (len(groups) > 1), (), generator=draw))
+        rows = []
+        for group in groups if chosen == len(groups) else [groups[chosen]]:
+            handful = int(torch.randint(1, self.args.max_handful + 1, (), generator=draw)) if epoch >= 0 else self.args.max_handful
+            rows.append(group[torch.randperm(len(group), generator=draw)[:handful]])
+        condition = self.encoder.average(torch.cat(rows))
+        example = int(torch.randint(len(self.datasets[task]), (), generator=draw)) if epoch >= 0 else position % len(self.datasets[task])
+        if epoch >= 0:
+            condition = condition + self.args.condition_noise * self.generator.condition_noise(
+                torch.randn(condition.shape, generator=draw), condition
+            )
+            if torch.rand((), generator=draw) < self.args.condition_dropout:
+                condition = self.generator.no_condition
+        return {**self.datasets[task][example], "condition": condition, "noise": noise, "task": torch.tensor(task)}
+
+
+class TaskSampler(Sampler[Key]):
+    """The task is drawn first: tasks in a fresh random order, round after round, in whole batches. Epoch -1 is the evaluation."""
+
+    def __init__(self, dataset: TaskEpisodes, evaluate: bool = False):
+        self.dataset, self.epoch, self.evaluate = dataset, -1 if evaluate else 0, evaluate
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer."""
+        self.epoch = -1 if self.evaluate else epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset.datasets) * EVALUATED if self.evaluate else len(self.dataset)
+
+    def __iter__(self) -> Iterator[Key]:
+        count = len(self.dataset.datasets)
+        if self.evaluate:
+            yield from ((-1, position, position // EVALUATED) for position in range(len(self)))
+            return
+        draw = seeded(self.dataset.args.seed, self.epoch, "tasks")
+        rounds = -(-len(self) // count)
+        tasks = torch.cat([torch.randperm(count, generator=draw) for _ in range(rounds)])
+        yield from ((self.epoch, position, int(tasks[position])) for position in range(len(self)))
+
+
+def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack samples; answers and texts of different lengths are padded at the end, labels with -100, which is no target."""
+    padding = {"labels": -100}
+    return {
+        name: torch.stack([sample[name] for sample in samples])
+        if samples[0][name].ndim != 1
+        else pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=padding.get(name, 0))
+        for name in samples[0]
+    }
+
+
+class ThroughTask:
+    """What [`ICMTrainer`] does with tasks and a base.
+
+    Args:
+        model ([`ICMGenerator`] or [`ICMConfig`], *optional*): What to train; a config, or nothing, builds a new `"direct"` generator.
+        args ([`ICMTrainingArguments`]): Of the training.
+        tasks (`Sequence[Task]`): What is trained on.
+        eval_tasks (`Sequence[Task]`): Tasks that nothing is trained on.
+        base_model (`str`, `Path` or `PreTrainedModel`): The base.
+        lora_config (`LoraConfig`, *optional*): Of the adapters of a new generator.
+        encoder (`TaskEncoder`): Of the task vectors.
+        processor (*optional*): Of the base.
+
+    Raises:
+        `ValueError`: If the base does not fit the generator's layout or a target of it is no linear layer, a task is of another modality
+            than the encoder and the base, or two tasks have one name.
+    """
+
+    label_names = ("labels",)
+    data_collator = staticmethod(collate)
+
+    def __init__(
+        self,
+        model: ICMGenerator | ICMConfig | None,
+        args: ICMTrainingArguments,
+        tasks: Sequence[Any],
+        eval_tasks: Sequence[Any],
+        base_model: str | os.PathLike[str] | PreTrainedModel,
+        lora_config: LoraConfig | None,
+        encoder: TaskEncoder,
+        processor: Any,
+    ):
+        self.args, self.tasks = args, list(tasks)
+        names = [task.name for task in (*tasks, *eval_tasks)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Tasks need different names, held-out ones too, found {sorted(names)}.")
+        self.base = base_model if isinstance(base_model, PreTrainedModel) else _load(str(base_model))
+        processor = processor or AutoProcessor.from_pretrained(self.base.name_or_path, trust_remote_code=False)
+        vectors = [task_conditions(task, encoder, args.phrasings, args.seed) for task in self.tasks]
+        if isinstance(model, ICMGenerator):
+            self.generator = model
+        else:
+            self.generator = new_task_generator(model or ICMConfig(), self.base, lora_config, encoder, self.tasks, vectors, args.seed)
+        self.generator.encoder = encoder
+        self.lora = PerSampleLora(self.base, self.generator.layout)
+        self.base.requires_grad_(False).eval()
+        if args.gradient_checkpointing:
+            self.base.gradient_checkpointing_enable({"use_reentrant": False})
+            self.base.train()  # in eval mode nothing is computed again
+            args.gradient_checkpointing = False  # the generator's own layers are no burden
+        self.base.to(args.device)  # type: ignore[arg-type]
+
+        def episodes(found: Sequence[Any], conditions: list[list[Tensor]]) -> TaskEpisodes:
+            options: Any = args.dataset_kwargs
+            return TaskEpisodes([task.train_dataset(processor, **options) for task in found], conditions, args, self.generator, encoder)
+
+        self.train_dataset = episodes(self.tasks, vectors)
+        self.eval_dataset = (
+            {"unseen": episodes(eval_tasks, [task_conditions(task, encoder, args.phrasings, args.seed) for task in eval_tasks])}
+            if eval_tasks
+            else None
+        )
+
+    def sampler(self, dataset: Any, evaluate: bool = False) -> TaskSampler:
+        """The order of the tasks."""
+        return TaskSampler(dataset, evaluate)
+
+    def refresh(self) -> None:
+        """There are no pairs: the context is that of a collection."""
+
+    def logged(self) -> dict[str, float]:
+        """Nothing beside the loss."""
+        return {}
+
+    def loss(self, trainer: Trainer, model: torch.nn.Module, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Any]:
+        """Nats per token over the whole batch, those of other processes and accumulated steps included."""
+        inputs = dict(inputs)
+        condition, noise, task = inputs.pop("condition"), inputs.pop("noise"), inputs.pop("task")
+        outputs = model(condition=condition, noise=noise)
+        nats, tokens = self.score(outputs.reconstruction, inputs)
+        wrong = ~nats.detach().isfinite()
+        if wrong.any():
+            name = self.tasks[int(task[wrong][0])].name
+            raise ValueError(
+                f"The loss is not finite at step {trainer.state.global_step + 1}, on an example of task {name!r}: lower the learning rate."
+                " The last checkpoint is as it was."
+            )
+        if num_items is None:
+            return nats.sum() / tokens.sum(), outputs
+        return nats.sum() / num_items * trainer.accelerator.num_processes, outputs  # gradients are averaged over processes
+
+    def score(self, adapters: Tensor | None, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Summed nats `[B]` and targets `[B]` of each example under its adapter `[B, P]`; without any, under the base."""
+        labels = inputs["labels"]
+        self.lora.use(adapters)
+        if self.base.config.is_encoder_decoder:
+            logits = self.base(**inputs).logits
+        else:
+            logits = self.base(**{name: value for name, value in inputs.items() if name != "labels"}).logits[:, :-1]
+            labels = labels[:, 1:]
+        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
+        return losses.view(labels.shape).sum(1), (labels != -100).sum(1)
+
+    def predict(self, trainer: Trainer, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any, Tensor]:
+        """Nats of each example under its task's adapter, without a condition, and under the base."""
+        inputs = dict(inputs)
+        condition, noise, _ = inputs.pop("condition"), inputs.pop("noise"), inputs.pop("task")
+        own, tokens = self.score(self.generator(condition=condition, noise=noise).reconstruction, inputs)
+        nothing = self.generator.no_condition.to(condition.device)[None]
+        shared, _ = self.score(self.generator(condition=nothing, noise=torch.zeros_like(noise[:1])).reconstruction, inputs)
+        base, _ = self.score(None, inputs)
+        return own.sum() / tokens.sum(), (own, shared, base), tokens
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Nats per token of all held-out examples."""
+        tokens = torch.as_tensor(prediction.label_ids).sum()
+        own, shared, base = (float(torch.as_tensor(part).sum() / tokens) for part in prediction.predictions)
+        return {"loss": own, "shared_loss": shared, "base_loss": base, "gain": shared - own}
+
+    def facts(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """What the card says of the data and of what was measured on it."""
+        titles = [
+            ("loss", "loss on unseen tasks (nats per token)"),
+            ("shared_loss", "the same without a condition"),
+            ("base_loss", "the same of the base"),
+        ]
+        return {
+            "tasks": len(self.tasks),
+            "metrics": [
+                {
+                    "type": name,
+                    "name": title,
+                    "value": round(metrics[f"eval_unseen_{name}"], 4),
+                    "dataset": "unseen tasks",
+                }
+                for name, title in titles
+                if metrics
+            ],
+        }
+
+
+def new_task_generator(
+    config: ICMConfig,
+    base: PreTrainedModel,
+    lora_config: LoraConfig | None,
+    encoder: TaskEncoder,
+    tasks: Sequence[Any],
+    vectors: list[list[Tensor]],
+    seed: int,
+) -> ICMGenerator:
+    """A `"direct"` generator with fresh weights, whose adapters start as peft starts a LoRA: they change nothing.
+
+    Args:
+        config ([`ICMConfig`]): Sizes; architecture, layout, encoder and tasks are filled in.
+        base (`PreTrainedModel`): Lent.
+        lora_config (`LoraConfig`): Of the adapters.
+        encoder (`TaskEncoder`): Travels with the generator when its checkpoint is a local folder.
+        tasks (`Sequence[Task]`): Their names and first sentences go into the config.
+        vectors (`list[list[Tensor]]`): Their task vectors.
+        seed (`int`): Of the weights.
+
+    Returns:
+        [`ICMGenerator`]
+
+    Raises:
+        `ValueError`: If there is no LoRA configuration.
+    """
+    if lora_config is None:
+        raise ValueError("objective='task' needs lora_config=, such as LoraConfig(r=4, target_modules=['q_proj', 'v_proj']).")
+    torch.manual_seed(seed)
+    model = get_peft_model(base, copy.deepcopy(lora_config))
+    layout = AdapterLayout.from_peft_model(model)
+    start = layout.flatten(get_peft_model_state_dict(model, save_embedding_layers=False)).float()
+    model.unload()
+    named = dict(encoder.config)
+    if Path(encoder.config["checkpoint"]).is_dir():
+        named |= {"checkpoint": "encoder", "folder": "encoder"}
+    values = config.to_diff_dict() | {
+        "architecture": "direct",
+        "layout": layout.to_dict(),
+        "encoder": named,
+        "condition_dim": encoder.dim,
+        "tasks": [{"name": task.name, "description": task.descriptions[0]} for task in tasks],
+        "context": False,
+    }
+    generator = ICMGenerator(ICMConfig(**values))
+    generator.statistics.fit_conditions(torch.cat([row for groups in vectors for row in groups]))
+    generator.network.fit(start[None])
+    return generator
+
+
+def _load(name: str) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return base_class(config).from_pretrained(name, use_safetensors=True, trust_remote_code=False)
