@@ -10,12 +10,14 @@ from typing import Any, Unpack
 from .base import HubOptions, Picture, TaskEncoder, open_images
 from .clip import ClipEncoder
 from .hidden_state import HiddenStateEncoder
+from .joined import JoinedEncoder
 from .sentence import SentenceEncoder
 from .statistics import StatisticsEncoder
 
 __all__ = [
     "ClipEncoder",
     "HiddenStateEncoder",
+    "JoinedEncoder",
     "Picture",
     "SentenceEncoder",
     "StatisticsEncoder",
@@ -25,7 +27,7 @@ __all__ = [
 ]
 
 ENCODERS: dict[str, type[TaskEncoder]] = {
-    encoder.kind: encoder for encoder in (ClipEncoder, HiddenStateEncoder, SentenceEncoder, StatisticsEncoder)
+    encoder.kind: encoder for encoder in (ClipEncoder, HiddenStateEncoder, JoinedEncoder, SentenceEncoder, StatisticsEncoder)
 }
 
 
@@ -71,6 +73,8 @@ def load_task_encoder(
         if os.path.exists(name) or name.startswith(("/", "\\", ".", "~")):
             raise ValueError(f"The encoder of this repo is {name!r}, a place on this machine: a repo may only name other repos.")
     options = {name: config[name] for name in kind.options if name in config}
+    if kind is JoinedEncoder:
+        options["from_hub"] = from_hub
     if config["kind"] == "sentence":
         options.setdefault("pooling", "mean")  # what peft_icm 0.1.0 did with every checkpoint
     encoder = kind.from_pretrained(checkpoint, **options, **hub)

@@ -162,8 +162,12 @@ class ICMConfig(PreTrainedConfig):
         dim = encoder.get("dim", self.condition_dim)
         if isinstance(dim, bool) or dim != self.condition_dim:
             raise ValueError(f"encoder: dim={dim!r} must be the condition_dim, {self.condition_dim}.")
-        if encoder.get("folder") and PurePosixPath(encoder["folder"]).is_absolute():
-            raise ValueError(f"encoder: folder={encoder['folder']!r} must be a relative path inside the generator's folder.")
+        parts = encoder.get("parts", {})
+        if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):
+            raise ValueError(f"encoder: parts={parts!r:.80} must be an object of configs.")
+        for part in (encoder, *parts.values()):
+            if part.get("folder") and (not isinstance(part["folder"], str) or PurePosixPath(part["folder"]).is_absolute()):
+                raise ValueError(f"encoder: folder={part['folder']!r} must be a relative path inside the generator's folder.")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # type: ignore[override]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..adapters.attach import attach, check_name, unchanged_on_failure
 from ..adapters.base import load_base, share_tensors
 from ..adapters.layout import AdapterLayout
-from ..conditioning import Picture, TaskEncoder, load_task_encoder, open_images
+from ..conditioning import JoinedEncoder, Picture, TaskEncoder, load_task_encoder, open_images
 from ..disk import MAX_NAME_BYTES, inside
 from ..hub.files import is_local, resolve
 from .configuration_icm import ICMConfig
@@ -69,10 +69,7 @@ class AdapterMixin(RequestsMixin):
             if "encoder" not in self._lazy:
                 if self.config.encoder is None:
                     raise ValueError("This generator names no task encoder: pass task_vector= (Tensor [d]).")
-                folder = self.config.encoder.get("folder")
-                path = self._resolve(folder) if folder else None
-                encoder = load_task_encoder(self.config.encoder, path, from_hub=self._source.on_hub, **self._source.hub)
-                self.encoder = encoder.to(self.device)
+                self.encoder = self._load_encoder(self.config.encoder).to(self.device)
             return self._lazy["encoder"]
 
     @encoder.setter
@@ -91,6 +88,12 @@ class AdapterMixin(RequestsMixin):
                 f" {encoder.dim} numbers: they must be one. Pass the encoder that it was trained with."
             )
         self._lazy["encoder"] = encoder
+
+    def _load_encoder(self, config: Mapping[str, Any]) -> TaskEncoder:
+        folder, parts = config.get("folder"), config.get("parts")
+        if parts and not folder:  # each lies where its own config says, one of them perhaps in the base's folder
+            return JoinedEncoder({name: self._load_encoder(part) for name, part in parts.items()})
+        return load_task_encoder(config, self._resolve(folder) if folder else None, from_hub=self._source.on_hub, **self._source.hub)
 
     def task_vector(
         self,
@@ -373,7 +376,9 @@ class AdapterMixin(RequestsMixin):
             return inside(resolve(source["name"], allow_patterns=[f"{path}/*"], **options), path)
         own = Path(source["name"], source.get("subfolder", ""))
         # Generators on this machine may share an encoder that lies beside them, as the bundled ones do; its hash is checked.
-        return own / folder if folder == (self.config.encoder or {}).get("folder") else inside(own, folder)
+        encoder = self.config.encoder or {}
+        shared = [encoder.get("folder"), *(part.get("folder") for part in encoder.get("parts", {}).values())]
+        return own / folder if folder in shared else inside(own, folder)
 
 
 def _words(text: str) -> str:

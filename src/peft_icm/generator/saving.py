@@ -129,10 +129,11 @@ class SavedModel(AdapterMixin, PreTrainedModel):
     def _write(self, folder: Path, target: Path, with_base_model: bool, **kwargs: Any) -> None:
         """Everything of a saved generator, into an empty folder."""
         changes: dict[str, Any] = {}
-        if self.config.encoder and self.config.encoder.get("folder"):
+        encoder = self.config.encoder or {}
+        if encoder.get("folder") or any(part.get("folder") for part in encoder.get("parts", {}).values()):
             self.encoder.save_pretrained(folder / ENCODER_FOLDER)
             # Where this generator found its encoder may be outside of the folder; what is saved has its own.
-            changes["encoder"] = {**self.config.encoder, "folder": ENCODER_FOLDER}
+            changes["encoder"] = {**encoder, "folder": ENCODER_FOLDER}
         base = self._local_base(with_base_model)
         if base is not None and with_base_model:
             copy_base(base, folder)

@@ -288,9 +288,10 @@ def new_task_generator(
     layout = AdapterLayout.from_peft_model(model)
     start = layout.flatten(get_peft_model_state_dict(model, save_embedding_layers=False)).float()
     model.unload()
-    named = dict(encoder.config)
-    if Path(encoder.config["checkpoint"]).is_dir():
-        named |= {"checkpoint": "encoder", "folder": "encoder"}
+    named = copy.deepcopy(encoder.config)
+    for part in (named, *named.get("parts", {}).values()):
+        if Path(part["checkpoint"]).is_dir():
+            part["checkpoint"] = named["folder"] = "encoder"
     values = config.to_diff_dict() | {
         "architecture": "direct",
         "layout": layout.to_dict(),

@@ -122,6 +122,7 @@ class ICMTrainer(Trainer):
         self.objective: Reconstruction | ThroughTask
         if args.objective == "task":
             make_folder(args.output_dir or ".", "output_dir")
+            args.remove_unused_columns = False  # they are the base's, not the generator's
             if not tasks or base_model is None or encoder is None:
                 raise ValueError("objective='task' needs tasks=, base_model= and encoder=.")
             self.objective = ThroughTask(model, args, tasks, eval_tasks, base_model, lora_config, encoder, processing_class)

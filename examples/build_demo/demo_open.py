@@ -1,0 +1,169 @@
+"""The stages that build the open world: one generator for every noun that has pictures, trained through the loss of detecting it.
+
+Classes under `seen` of nouns.json are trained on; those under `choose` of open_world.json, out of them, only choose settings. Those under
+`unseen` are drawn in tests alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo_detector import SCENE, STEP
+from demo_scenes import SEEN, TEST_STYLES, Icon, Icons, photographs, scenes, write_coco
+from peft import LoraConfig
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import AutoProcessor, Florence2ForConditionalGeneration
+
+from peft_icm import ICMConfig, ICMTrainer, ICMTrainingArguments
+from peft_icm.conditioning import StatisticsEncoder
+from peft_icm.tasks.annotated_images import AnnotatedImage, load_coco
+from peft_icm.tasks.detection import DetectionTask
+
+HERE = Path(__file__).parent
+UNSEEN = json.loads((HERE / "nouns.json").read_text(encoding="utf-8"))["unseen"]
+SPLIT = json.loads((HERE / "open_world.json").read_text(encoding="utf-8"))
+TRAIN_SCENES, TEST_SCENES, CHOOSE_SCENES = 24_000, 2_400, 1_200
+
+LORA = {"r": 4, "lora_alpha": 16, "target_modules": r".*language_model.*\.(q_proj|k_proj|v_proj|fc2)|lm_head"}
+DATA = {"location_step": STEP, "negatives": 2 / 3}
+ANSWER = "object"  # the base has no name for what it is asked to find
+
+
+def spoken(noun: str) -> str:
+    """`"hot-dog"` -> `"hot dog"`."""
+    return noun.replace("-", " ")
+
+
+def draw_open(build: Path) -> None:
+    """`open/train.json`, `open/choose.json`, `open/test.json` with their pictures; test sets in styles and on photographs of their own."""
+    icons = Icons(build)
+    folder = build / "open"
+    names = sorted(icons.seen)
+    backgrounds = photographs(build, test=False, crops=2000, size=SCENE, seed=12)
+    trained = {name: icons.seen[name] for name in names if name not in SPLIT["choose"]}
+    found = scenes(trained, backgrounds, TRAIN_SCENES, seed=12)
+    write_coco(found, folder / "train", folder / "train.json", sorted(trained), total=TRAIN_SCENES)
+
+    def drawn(nouns: list[str], styles: tuple[str, ...]) -> dict[str, list[Icon]]:
+        each = {name: [icons.draw(style, name, name) for style in styles] for name in nouns}
+        return {name: [icon for icon in found if icon] for name, found in each.items()}
+
+    held = photographs(build, test=True, crops=800, size=SCENE, seed=13)
+    others = drawn([name for name in names if name not in (*SPLIT["choose"], *SPLIT["tested"])], TEST_STYLES)
+    for split, nouns, count, seed in (("choose", SPLIT["choose"], CHOOSE_SCENES, 13), ("test", UNSEEN + SPLIT["tested"], TEST_SCENES, 14)):
+        chosen = drawn(nouns, TEST_STYLES)
+        found = scenes(chosen, held, count, seed=seed, distractors=others, others=0.3, jitter=0.0)
+        write_coco(found, folder / split, folder / f"{split}.json", [*chosen, *others], total=count)
+
+
+def open_tasks(build: Path, nouns: list[str], split: str) -> list[DetectionTask]:
+    """One task for each noun, of the scenes of one split as training and test pictures."""
+    images = load_coco(build / "open" / f"{split}.json", build / "open" / split)
+    return [open_task(noun, images) for noun in nouns]
+
+
+def open_task(noun: str, images: list[AnnotatedImage]) -> DetectionTask:
+    """The task of one noun. It is tested on the scenes that show it and on as many that do not."""
+    positive = [image for image in images if noun in image.labels]
+    negative = [image for image in images if noun not in image.labels]
+    return DetectionTask(noun, [f"detect {spoken(noun)}"], noun, images, positive + negative[: len(positive)], answer=ANSWER)
+
+
+class SeenExamples(Dataset[dict[str, Tensor]]):
+    """Examples whose pictures the tower has looked at: no LoRA is on it, and what it sees is the same in every step.
+
+    Args:
+        rows (`list[int]`): Of the pictures in `tokens`.
+        labels (`Tensor`): `[n, T]` answers.
+        tokens (`Tensor`): `[N, 65, d]` image tokens of all pictures.
+        prompt (`Tensor`): `[t, d]` embeddings of what is asked.
+    """
+
+    def __init__(self, rows: list[int], labels: Tensor, tokens: Tensor, prompt: Tensor):
+        self.rows, self.labels, self.tokens, self.prompt = rows, labels, tokens, prompt
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        embedded = torch.cat([self.tokens[self.rows[index]].float(), self.prompt])
+        return {"inputs_embeds": embedded, "attention_mask": torch.ones(len(embedded), dtype=torch.long), "labels": self.labels[index]}
+
+
+@dataclass
+class SeenTask(DetectionTask):
+    """A task whose training pictures were looked at once for all tasks: `seen` is what [`look`] returned."""
+
+    seen: Any = None
+
+    def train_dataset(self, processor: Any, **options: Any) -> Any:
+        """As that of [`DetectionTask`], with embeddings in the place of pixels."""
+        found, (rows, tokens, prompt) = super().train_dataset(processor, **options), self.seen
+        return SeenExamples([rows[image.image] for image in found.images], found.labels, tokens, prompt)
+
+
+@torch.no_grad()
+def look(florence: Any, processor: Any, images: list[AnnotatedImage]) -> tuple[dict[Any, int], Tensor, Tensor]:
+    """Row of each picture, image tokens `[N, 65, d]` of all in half precision, embeddings of the prompt `[t, d]`."""
+    parts = []
+    for start in tqdm(range(0, len(images), 128), desc="looking", mininterval=10):
+        pictures = [image.load() for image in images[start : start + 128]]
+        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        with torch.autocast("cpu", torch.bfloat16):
+            parts.append(florence.get_image_features(pixels).pooler_output.half())
+    ids = processor(text="<OD>", images=images[0].load(), return_tensors="pt")["input_ids"][0, parts[0].shape[1] :]
+    return {image.image: row for row, image in enumerate(images)}, torch.cat(parts), florence.get_input_embeddings()(ids).clone()
+
+
+def open_generator(build: Path) -> None:
+    """Train through the loss of the tasks; settings were chosen on the nouns under `choose`."""
+    trained = json.loads((build / "open" / "train.json").read_text())["categories"]
+    florence = Florence2ForConditionalGeneration.from_pretrained(build / "florence", dtype=torch.float32).eval()
+    seen = look(
+        florence, AutoProcessor.from_pretrained(build / "florence"), load_coco(build / "open" / "train.json", build / "open" / "train")
+    )
+    tasks = open_tasks(build, [entry["name"] for entry in trained], "train")
+    args = ICMTrainingArguments(
+        output_dir=str(build / "open_generator.work"),
+        objective="task",
+        max_steps=1500,
+        per_device_train_batch_size=64,
+        per_device_eval_batch_size=64,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        max_grad_norm=1.0,
+        weight_decay=0.0,
+        max_handful=8,
+        condition_noise=0.3,
+        dataset_kwargs=DATA,
+        bf16=True,
+        use_cpu=True,
+        eval_strategy="steps",
+        eval_steps=250,
+        save_strategy="steps",
+        save_steps=250,
+        save_total_limit=1,
+        logging_steps=50,
+        report_to="none",
+    )
+    trainer = ICMTrainer(
+        ICMConfig(hidden_size=512, num_components=128, latent_size=8),
+        args,
+        encoder=StatisticsEncoder.from_pretrained(str(build / "florence")),
+        tasks=[SeenTask(**vars(task), seen=seen) for task in tasks],
+        eval_tasks=open_tasks(build, SPLIT["choose"], "choose"),
+        base_model=florence,
+        lora_config=LoraConfig(**LORA),
+    )
+    trainer.train()
+    trainer.generator.save_pretrained(build / "open_generator")
+
+
+__all__ = ["SEEN", "draw_open", "open_generator", "open_task", "open_tasks"]
