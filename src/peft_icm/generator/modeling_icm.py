@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .adapting import AdaptingMixin
 from .condition_space import ConditionSpace
 from .configuration_icm import ICMConfig
 from .generation import Source
@@ -41,7 +42,7 @@ class ICMOutput(ModelOutput):
     latent_logvar: Tensor | None = None
 
 
-class ICMGenerator(SavedModel):
+class ICMGenerator(AdaptingMixin, SavedModel):
     r"""A conditional VAE over LoRA adapters: a task vector in, a native `PeftModel` out.
 
     Implements In-Context Meta LoRA Generation, Eqs. 2-9, in two architectures ([`ICMConfig`]).
@@ -111,7 +112,7 @@ class ICMGenerator(SavedModel):
         """
         if condition is None:
             raise ValueError("condition= is missing: pass task vectors, a Tensor [B, d].")
-        v = self._condition(condition)
+        v = self.normalize_condition(condition)
         if parameters is None:
             z = torch.randn(len(v), self.config.latent_size, device=v.device) if noise is None else noise
             return ICMOutput(reconstruction=self.statistics.denormalize(self._decode(z, v, hidden_tasks)))
@@ -136,7 +137,8 @@ class ICMGenerator(SavedModel):
             latent_logvar=logvar,
         )
 
-    def _condition(self, condition: Tensor) -> Tensor:
+    def normalize_condition(self, condition: Tensor) -> Tensor:
+        """Task vectors `[B, d]` as the networks see them: projected and normalised, `[B, m]`."""
         condition = condition.to(self.device)
         return self.statistics.normalize_condition(condition if self.space is None else self.space(condition)).to(self.dtype)
 
@@ -171,7 +173,7 @@ class ICMGenerator(SavedModel):
         Returns:
             `Tensor`: `[B, P]` fp32, in the units of the adapters.
         """
-        decoded = self._decode(latent, self._condition(condition))
+        decoded = self._decode(latent, self.normalize_condition(condition))
         return self.statistics.denormalize(decoded, out=None if torch.is_grad_enabled() else decoded)
 
     @torch.no_grad()
@@ -204,7 +206,7 @@ class ICMGenerator(SavedModel):
         """
         if self.context is None:
             return
-        v = self._condition(conditions)
+        v = self.normalize_condition(conditions)
         self.context.conditions.copy_(v)
         for index, snapshots in enumerate(parameters):
             l = self.statistics.normalize(snapshots.to(self.device)).to(self.dtype)

@@ -69,7 +69,7 @@ class Statistics(nn.Module):
             std = (rows - self.condition_mean).std(correction=0)
         self.condition_std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
-    def _spread(self) -> tuple[Tensor, Tensor]:
+    def spread(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of every coordinate, `[P]` each."""
         sizes = torch.tensor(self.sizes, device=self.mean.device)
         total = sum(self.sizes)  # given, because a tensor on the meta device cannot tell it
@@ -77,12 +77,12 @@ class Statistics(nn.Module):
 
     def normalize(self, parameters: Tensor) -> Tensor:
         """`[..., P]` in the units of the adapters -> zero mean, unit variance for each tensor, fp32."""
-        mean, std = self._spread()
+        mean, std = self.spread()
         return (parameters.float() - mean) / std
 
     def denormalize(self, parameters: Tensor, out: Tensor | None = None) -> Tensor:
         """The inverse of [`~Statistics.normalize`]; fp32, written to `out` where it is given."""
-        mean, std = self._spread()
+        mean, std = self.spread()
         return torch.addcmul(mean, parameters.float(), std, out=out)
 
     def normalize_condition(self, condition: Tensor) -> Tensor:
@@ -217,11 +217,16 @@ class DirectNetwork(nn.Module):
     c starts as peft starts a LoRA (A random, B zero) and U near zero, so that training begins at the base. A depends on the condition too:
     it is the direction that is read. The norm of a is bounded by a LayerNorm, as that of the latent in Code2LoRA (arXiv 2606.06492).
 
-    Trained by reconstruction first, z has the posterior of Eq. 3, from what of l is in U's span.
+    Trained by reconstruction first, z has the posterior of Eq. 3, from what of l is in U's span. The buffer `spread` `[R, R]` is the
+    covariance of a over the tasks trained on and over z: how far adapters of tasks lie from each other; `prior_strength` `[]`
+    is the weight of that as a prior ([`~ICMGenerator.adapt`]), fitted on tasks that were left out.
     """
 
+    spread: Tensor
+    prior_strength: Tensor
     prior_weight = 1.0
     STARTING_DEVIATION = 2e-3  # of U
+    STARTING_SIZE = 0.25  # of a, its root mean square: at 1 a step of 1e-3 moves l too far
 
     def __init__(self, config: ICMConfig):
         super().__init__()
@@ -230,8 +235,11 @@ class DirectNetwork(nn.Module):
         self.center = nn.Parameter(torch.zeros(size))
         self.basis = nn.Parameter(torch.randn(rank, size) * self.STARTING_DEVIATION)
         self.encoder = ResidualMLP(rank + config.projected_dim, hidden, 2 * config.latent_size)
+        self.register_buffer("spread", torch.zeros(rank, rank))
+        self.register_buffer("prior_strength", torch.ones(()))
         steps = (nn.Linear(inputs, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden))
         self.decoder = nn.Sequential(*steps, nn.Linear(hidden, rank), nn.LayerNorm(rank))
+        nn.init.constant_(self.decoder[-1].weight, self.STARTING_SIZE)
 
     def fit(self, parameters: Tensor) -> None:
         """Start at the mean of normalised adapters `[N, P]`; nothing else is estimated outside training."""
@@ -247,6 +255,15 @@ class DirectNetwork(nn.Module):
     def decode(self, latent: Tensor, condition: Tensor) -> Tensor:
         """Mean of l (Eq. 6): `[B, k]`, `[B, d]` -> `[B, P]`."""
         return torch.addmm(self.center, self.decoder(torch.cat([latent, condition], dim=1)), self.basis)
+
+    @torch.no_grad()
+    def measure(self, latents: Tensor, conditions: Tensor) -> None:
+        """Estimate `spread` from z `[N, k]` and the normalised task vectors `[N, d]` of the tasks."""
+        self.spread.copy_(self.decoder(torch.cat([latents, conditions], dim=1)).T.cov(correction=0))
+
+    def deviations(self) -> Tensor:
+        """`[P]`: standard deviation of each number of l over tasks and z, `sqrt(diag(U^T C U))`."""
+        return ((self.spread @ self.basis) * self.basis).sum(0).clamp(min=0).sqrt()
 
     def reconstruction_loss(self, squared_error: Tensor) -> Tensor:
         """`[B]` mean squared errors -> `[B]`, half of each: a Gaussian of unit variance (Eq. 6)."""

@@ -52,7 +52,7 @@ class RequestsMixin:
     reader: Reader | None
     context: Any
     task_vector: Callable[..., Tensor]
-    _condition: Callable[[Tensor], Tensor]
+    normalize_condition: Callable[[Tensor], Tensor]
     _lazy: dict[str, Any]
 
     def read(self, text: str | None = None, **task: Unpack[TaskInputs]) -> Reading:
@@ -113,7 +113,7 @@ class RequestsMixin:
         count = len(self.config.tasks or [])
         if self.context is None:
             return torch.full((count,), 1 / count)
-        distances = (self.context.conditions.float() - self._condition(vector[None]).float()).square().sum(1)
+        distances = (self.context.conditions.float() - self.normalize_condition(vector[None]).float()).square().sum(1)
         return (-distances / distances.mean().clamp(min=1e-12) * 4).softmax(0)
 
     def _strength(self, vector: Tensor, text: str | None, on_unknown: str, strength: float) -> float:

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers import AutoConfig, AutoProcessor, EvalPrediction, PreTrainedModel, Trainer
 
 from ..adapters.base import base_class
+from ..adapters.examples import collate, example_losses
 from ..adapters.layout import AdapterLayout
 from ..adapters.per_sample import PerSampleLora
 from ..conditioning import TaskEncoder
 from ..generator.configuration_icm import ICMConfig
 from ..generator.modeling_icm import ICMGenerator
+from ..generator.networks import DirectNetwork
 from .arguments import ICMTrainingArguments
 from .conditions import task_conditions
 from .episodes import seeded
@@ -103,17 +103,6 @@ class TaskSampler(Sampler[Key]):
         yield from ((self.epoch, position, int(tasks[position])) for position in range(len(self)))
 
 
-def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack samples; answers and texts of different lengths are padded at the end, labels with -100, which is no target."""
-    padding = {"labels": -100}
-    return {
-        name: torch.stack([sample[name] for sample in samples])
-        if samples[0][name].ndim != 1
-        else pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=padding.get(name, 0))
-        for name in samples[0]
-    }
-
-
 class ThroughTask:
     """What [`ICMTrainer`] does with tasks and a base.
 
@@ -163,13 +152,18 @@ class ThroughTask:
         if args.gradient_checkpointing:
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
             self.base.train()  # in eval mode nothing is computed again
-            args.gradient_checkpointing = False  # the generator's own layers are no burden
+            for name in (
+                "gradient_checkpointing",
+                "activation_checkpointing",
+            ):  # two names of one field, the second since transformers 5.20
+                setattr(args, name, False)  # the generator's own layers are no burden
         self.base.to(args.device)  # type: ignore[arg-type]
 
         def episodes(found: Sequence[Any], conditions: list[list[Tensor]]) -> TaskEpisodes:
             options: Any = args.dataset_kwargs
             return TaskEpisodes([task.train_dataset(processor, **options) for task in found], conditions, args, self.generator, encoder)
 
+        self.means = torch.stack([encoder.average(torch.cat(groups)) for groups in vectors])
         self.train_dataset = episodes(self.tasks, vectors)
         self.eval_dataset = (
             {"unseen": episodes(eval_tasks, [task_conditions(task, encoder, args.phrasings, args.seed) for task in eval_tasks])}
@@ -182,7 +176,10 @@ class ThroughTask:
         return TaskSampler(dataset, evaluate)
 
     def refresh(self) -> None:
-        """There are no pairs: the context is that of a collection."""
+        """Measure how far the adapters of the tasks lie from each other; pairs of a context are those of a collection."""
+        if isinstance(self.generator.network, DirectNetwork):
+            noise = torch.randn(len(self.means), self.generator.config.latent_size, generator=seeded(self.args.seed, "spread"))
+            self.generator.network.measure(noise.to(self.generator.device), self.generator.normalize_condition(self.means))
 
     def logged(self) -> dict[str, float]:
         """Nothing beside the loss."""
@@ -207,15 +204,8 @@ class ThroughTask:
 
     def score(self, adapters: Tensor | None, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Summed nats `[B]` and targets `[B]` of each example under its adapter `[B, P]`; without any, under the base."""
-        labels = inputs["labels"]
         self.lora.use(adapters)
-        if self.base.config.is_encoder_decoder:
-            logits = self.base(**inputs).logits
-        else:
-            logits = self.base(**{name: value for name, value in inputs.items() if name != "labels"}).logits[:, :-1]
-            labels = labels[:, 1:]
-        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
-        return losses.view(labels.shape).sum(1), (labels != -100).sum(1)
+        return example_losses(self.base, inputs)
 
     def predict(self, trainer: Trainer, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any, Tensor]:
         """Nats of each example under its task's adapter, without a condition, and under the base."""

@@ -1,0 +1,292 @@
+"""Training through the loss of tasks, and adapting to examples, on tiny models of the real classes."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+from test_training import arguments
+from tiny import TEXTS, florence_processor, florence_reader, llama, tokenizer
+
+from peft_icm import ICMConfig, ICMGenerator, ICMTrainer
+from peft_icm.adapters.examples import collate, example_losses
+from peft_icm.conditioning import HiddenStateEncoder, JoinedEncoder, StatisticsEncoder
+from peft_icm.tasks.annotated_images import AnnotatedImage
+from peft_icm.tasks.detection import DetectionTask
+from peft_icm.tasks.language_modeling import LanguageModelingTask
+
+NAMES = ("sonnets", "novels", "genesis", "letters")
+COLOURS = ("red", "green", "blue", "white")
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    """A Llama on disk with four text tasks: base, tasks, LoRA, encoder kind."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    llama(vocab_size=len(tokenizer()), max_position_embeddings=256).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    texts = [*TEXTS, TEXTS[0][::-1]]
+    tasks = [LanguageModelingTask(name, [f"write {name}"], [text], [text]) for name, text in zip(NAMES, texts, strict=True)]
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    return folder, tasks, lora, {"block_size": 32}
+
+
+@pytest.fixture(scope="module")
+def detection(tmp_path_factory):
+    """A Florence-2 on disk with four classes of coloured squares."""
+    folder = tmp_path_factory.mktemp("florence")
+    torch.manual_seed(0)
+    florence_reader().save_pretrained(folder)
+    florence_processor().save_pretrained(folder)
+    images = []
+    for index in range(24):
+        picture = Image.new("RGB", (32, 32))
+        colour, left = COLOURS[index % 4], index % 3 * 8
+        picture.paste(Image.new("RGB", (8, 8), colour), (left, 8))
+        images.append(AnnotatedImage(picture, [[left, 8, left + 8, 16]], [colour]))
+    tasks = [DetectionTask(colour, [f"detect {colour} squares"], colour, images, images, answer="object") for colour in COLOURS]
+    return folder, tasks, LoraConfig(r=2, target_modules=["q_proj", "fc2", "lm_head"]), {"location_step": 50, "negatives": 1.0}
+
+
+@pytest.fixture(params=["language", "detection"])
+def world(request):
+    return request.getfixturevalue(request.param)
+
+
+def trainer(world, folder, tasks=None, model=None, encoder=None, **options):
+    base, found, lora, data = world
+    settings = {
+        "objective": "task", "max_steps": 6, "per_device_train_batch_size": 6, "learning_rate": 5e-3, "dataset_kwargs": data,
+        "max_handful": 2, "logging_steps": 1, **options,
+    }  # fmt: skip
+    return ICMTrainer(
+        model or ICMConfig(latent_size=4, hidden_size=16, num_components=8),
+        arguments(folder, **settings),
+        encoder=encoder or StatisticsEncoder.from_pretrained(str(base)),
+        tasks=tasks or found[:3],
+        eval_tasks=found[3:],
+        base_model=base,
+        lora_config=lora,
+    )
+
+
+def losses(run):
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+class TestTraining:
+    def test_the_loss_falls_and_unseen_tasks_are_scored(self, world, tmp_path):
+        run = trainer(world, tmp_path, max_steps=30)
+        before = run.evaluate()
+        run.train()
+        after = run.evaluate()
+        assert after["eval_unseen_base_loss"] == pytest.approx(before["eval_unseen_base_loss"])
+        assert before["eval_unseen_loss"] == pytest.approx(before["eval_unseen_base_loss"], rel=0.02), "it starts at the base"
+        assert after["eval_unseen_loss"] < before["eval_unseen_loss"] - 0.05
+        assert after["eval_unseen_gain"] == pytest.approx(after["eval_unseen_shared_loss"] - after["eval_unseen_loss"])
+        facts = run.generator.config.training
+        assert facts["objective"] == "task" and facts["tasks"] == 3 and len(facts["metrics"]) == 3
+        assert run.generator.network.deviations().max() > 0
+
+    def test_the_loss_is_that_of_the_base_with_peft(self, world, tmp_path):
+        run = trainer(world, tmp_path)
+        sample = run.train_dataset[(0, 0, 1)]
+        inputs = run.data_collator([sample])
+        loss = run.compute_loss(run.model, dict(inputs))
+        adapter = run.generator(condition=inputs["condition"], noise=inputs["noise"]).reconstruction[0].detach()
+        run.objective.lora.remove()
+        model = run.generator.generate_adapter(task_vector=sample["condition"], base_model=run.objective.base)
+        state = run.generator.layout.unflatten(adapter)
+        from peft_icm.adapters import attach
+
+        attach(model, run.generator.layout, state)
+        kept = {name: value for name, value in inputs.items() if name not in ("condition", "noise", "task")}
+        with torch.no_grad():
+            assert float(model(**kept).loss) == pytest.approx(float(loss), rel=1e-5)
+
+    def test_it_goes_on_where_it_was_stopped(self, language, tmp_path):
+        whole = trainer(language, tmp_path / "whole")
+        whole.train()
+        cut = trainer(language, tmp_path / "cut", save_strategy="steps", save_steps=3)
+        cut.train()
+        resumed = trainer(language, tmp_path / "cut", save_strategy="steps", save_steps=3)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+        assert losses(resumed)[-3:] == pytest.approx(losses(whole)[-3:], rel=1e-6)
+        for one, two in zip(whole.generator.parameters(), resumed.generator.parameters(), strict=True):
+            assert torch.allclose(one, two, atol=1e-7)
+
+    def test_accumulated_steps_are_one_batch(self, language, tmp_path):
+        one = trainer(language, tmp_path / "one")
+        two = trainer(language, tmp_path / "two", per_device_train_batch_size=3, gradient_accumulation_steps=2)
+        one.train()
+        two.train()
+        assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+
+    def test_gradient_checkpointing_and_bf16_pass_through(self, language, tmp_path):
+        plain = trainer(language, tmp_path / "a")
+        plain.train()
+        saving = trainer(language, tmp_path / "b", gradient_checkpointing=True)
+        saving.train()
+        assert losses(saving) == pytest.approx(losses(plain), rel=1e-5)
+        rough = trainer(language, tmp_path / "c", bf16=True)
+        rough.train()
+        assert losses(rough) == pytest.approx(losses(plain), rel=0.02)
+
+    def test_an_older_generator_is_trained_on(self, language, tmp_path):
+        first = trainer(language, tmp_path / "a")
+        first.train()
+        before = copy.deepcopy(first.generator.state_dict())
+        second = trainer(language, tmp_path / "b", model=first.generator)
+        second.train()
+        assert second.generator is first.generator
+        assert not torch.equal(before["network.basis"], second.generator.network.basis)
+
+    def test_a_loss_that_is_not_finite_is_named(self, language, tmp_path):
+        run = trainer(language, tmp_path, save_strategy="steps", save_steps=2)
+        run.train()
+        with torch.no_grad():
+            run.generator.network.center.fill_(torch.nan)
+        with pytest.raises(ValueError, match=r"not finite at step 1, on an example of task '(sonnets|novels|genesis)': lower the learning"):
+            trainer(language, tmp_path / "again", model=run.generator).train()
+        assert ICMGenerator.from_pretrained(tmp_path / "checkpoint-6").network.center.isfinite().all()
+
+
+class TestWrong:
+    def test_what_is_missing_is_named(self, language, tmp_path):
+        base, tasks, _, data = language
+        args = arguments(tmp_path, objective="task", dataset_kwargs=data)
+        encoder = StatisticsEncoder.from_pretrained(str(base))
+        with pytest.raises(ValueError, match="needs tasks=, base_model= and encoder="):
+            ICMTrainer(None, args, tasks=tasks, base_model=base)
+        with pytest.raises(ValueError, match="needs lora_config="):
+            ICMTrainer(None, args, tasks=tasks, base_model=base, encoder=encoder)
+        with pytest.raises(ValueError, match="objective='loss' is unknown: choose one of reconstruction, task"):
+            arguments(tmp_path, objective="loss")
+
+    def test_examples_of_another_modality(self, language, detection, tmp_path):
+        with pytest.raises(ValueError, match="'red' has nothing that the statistics encoder reads, examples"):
+            trainer(language, tmp_path, tasks=detection[1][:2])
+
+    def test_targets_that_are_no_linear_layers(self, detection, tmp_path):
+        base, tasks, _, data = detection
+        with pytest.raises(ValueError, match="is a Conv2d"):
+            trainer((base, tasks, LoraConfig(r=2, target_modules=["conv"]), data), tmp_path)
+
+    def test_two_tasks_of_one_name(self, language, tmp_path):
+        with pytest.raises(ValueError, match="need different names, held-out ones too"):
+            trainer(language, tmp_path, tasks=[*language[1][:2], language[1][3]])
+
+    def test_examples_without_labels(self):
+        with pytest.raises(ValueError, match="has input_ids and no labels"):
+            example_losses(llama(), {"input_ids": torch.zeros(1, 4, dtype=torch.long)})
+
+
+@pytest.fixture(scope="module")
+def trained(language, detection, tmp_path_factory):
+    """A generator of each world, saved and loaded, with its world."""
+    found = {}
+    for name, world in (("language", language), ("detection", detection)):
+        folder = tmp_path_factory.mktemp(name)
+        run = trainer(world, folder / "work", max_steps=20)
+        run.train()
+        run.generator.save_pretrained(folder / "saved")
+        found[name] = ICMGenerator.from_pretrained(folder / "saved"), world
+    return found
+
+
+@pytest.mark.parametrize("name", ["language", "detection"])
+class TestAdapting:
+    def examples(self, world):
+        _, tasks, _, data = world
+        processor = tokenizer() if isinstance(tasks[3], LanguageModelingTask) else florence_processor()
+        return tasks[3].train_dataset(processor, **data)
+
+    def given(self, world):
+        _, tasks, _, _ = world
+        task = tasks[3]
+        return {"examples": task.train_texts} if isinstance(task, LanguageModelingTask) else {"images": [task.train_images[3].load()]}
+
+    def test_without_examples_it_is_what_is_generated(self, trained, name):
+        generator, world = trained[name]
+        adapted = generator.adapt(seed=3, **self.given(world))
+        generated = generator.generate_adapter(generator=torch.Generator().manual_seed(3), **self.given(world))
+        for one, two in zip(*(get_peft_model_state_dict(model).values() for model in (adapted, generated)), strict=True):
+            assert torch.equal(one, two)
+
+    def test_it_learns_from_examples_and_is_never_worse_than_its_start(self, trained, name):
+        generator, world = trained[name]
+        examples = self.examples(world)
+        rows = [examples[index] for index in range(len(examples))]
+        inputs = collate(rows)
+
+        def loss(model):
+            with torch.no_grad():
+                nats, tokens = example_losses(model, inputs)
+            return float(nats.sum() / tokens.sum())
+
+        start = loss(generator.adapt(**self.given(world)))
+        model = generator.adapt(labelled=rows, steps=24, **self.given(world))
+        assert type(model).__name__.startswith("PeftModel")
+        assert loss(model) < start
+
+    def test_a_heavy_prior_stays_at_the_start(self, trained, name):
+        generator, world = trained[name]
+        rows = [self.examples(world)[index] for index in range(3)]
+        free, held = (
+            get_peft_model_state_dict(generator.adapt(labelled=rows, steps=12, prior_weight=weight, **self.given(world)))
+            for weight in (0.0, 1e4)
+        )
+        start = get_peft_model_state_dict(
+            generator.generate_adapter(task_vector=generator.task_vector(**self.given(world)), temperature=0.0)
+        )
+        far, near = (sum(float((found[key] - start[key]).square().sum()) for key in start) for found in (free, held))
+        assert near <= far
+        assert near < 1e-2 * sum(float(tensor.square().sum()) for tensor in start.values())
+
+    def test_wrong_input(self, trained, name):
+        generator, world = trained[name]
+        rows, given = [self.examples(world)[0]], self.given(world)
+        with pytest.raises(ValueError, match="labelled= has 1 examples: two at least"):
+            generator.adapt(labelled=rows, **given)
+        with pytest.raises(ValueError, match=r"prior_weight=-1 must not be negative"):
+            generator.adapt(labelled=rows * 2, prior_weight=-1, **given)
+        with pytest.raises(ValueError, match="base_model carries adapters"):
+            generator.adapt(labelled=rows * 2, base_model=generator.generate_adapter(**given), **given)
+
+
+class TestJoined:
+    def test_sentences_and_pictures_stand_side_by_side(self, detection, language, tmp_path):
+        seen, read = StatisticsEncoder.from_pretrained(str(detection[0])), HiddenStateEncoder.from_pretrained(str(language[0]))
+        encoder = JoinedEncoder({"images": seen, "examples": read})
+        assert encoder.accepts == ("examples", "images")
+        picture, text = Image.new("RGB", (32, 32), "red"), "a text"
+        one, two = encoder.read("images", [picture])[0], encoder.read("examples", [text])[0]
+        both = encoder.average(torch.stack([one, two, two]))
+        assert torch.allclose(both[: read.dim], read.encode([text])[0], atol=1e-6)
+        assert torch.allclose(both[read.dim :], seen.encode([picture])[0], atol=1e-6)
+        assert not one[: read.dim].any() and not two[read.dim :].any()
+        with pytest.raises(ValueError, match="a statistics encoder does not read text="):
+            JoinedEncoder({"text": seen, "examples": read})
+        with pytest.raises(ValueError, match="must name two"):
+            JoinedEncoder({"images": seen})
+
+    def test_it_travels_with_its_generator(self, detection, tmp_path):
+        class Words(HiddenStateEncoder):
+            pass
+
+        seen = StatisticsEncoder.from_pretrained(str(detection[0]))
+        from peft_icm.bundled import bundled_encoder
+        from peft_icm.conditioning import ClipEncoder
+
+        encoder = JoinedEncoder({"text": ClipEncoder.from_pretrained(bundled_encoder()), "images": seen})
+        run = trainer(detection, tmp_path / "work", encoder=encoder, phrasings=4)
+        run.train()
+        run.generator.save_pretrained(tmp_path / "saved")
+        loaded = ICMGenerator.from_pretrained(tmp_path / "saved")
+        picture = Image.new("RGB", (32, 32), "blue")
+        for given in ({"text": "detect blue squares"}, {"images": [picture]}, {"text": "detect blue squares", "images": [picture]}):
+            here, there = (generator.sample(generator.task_vector(**given), temperature=0.0) for generator in (run.generator, loaded))
+            assert torch.allclose(here, there, atol=1e-6)
+        assert (tmp_path / "saved" / "encoder" / "text").is_dir() and (tmp_path / "saved" / "encoder" / "images").is_dir()
