@@ -8,13 +8,13 @@ from filelock import FileLock, Timeout
 from test_training import arguments, config, tiny_collection
 
 from peft_icm import ICMGenerator, ICMTrainer
-from peft_icm.training.recipe import check_recipe, training_recipe
+from peft_icm.training.recipe import check_recipe, collection_sha256, training_recipe
 
 
 class TestResume:
     def recipe(self, tmp_path, collection=None, seed=0, rate=1e-3, **options):
         args = arguments(tmp_path, seed=seed, learning_rate=rate)
-        return training_recipe(collection or tiny_collection(), config(**options), args)
+        return training_recipe(collection_sha256(collection or tiny_collection()), config(**options), args)
 
     def test_the_same_run_goes_on_and_another_is_refused(self, tmp_path):
         other = tiny_collection()
@@ -51,7 +51,9 @@ class TestResume:
         check_recipe(tmp_path, self.recipe(tmp_path), resume=False)
         (tmp_path / "checkpoint-3").mkdir()
         longer = training_recipe(
-            tiny_collection(), config(), arguments(tmp_path, seed=0, learning_rate=1e-3, num_train_epochs=99, max_steps=7)
+            collection_sha256(tiny_collection()),
+            config(),
+            arguments(tmp_path, seed=0, learning_rate=1e-3, num_train_epochs=99, max_steps=7),
         )
         check_recipe(tmp_path, longer, resume=True)
 

@@ -1,4 +1,4 @@
-"""The command line: peft-icm demo | collect | train | read | generate | evaluate | push. Its arguments and what is said of errors."""
+"""The command line, `peft-icm VERB`: its verbs, their arguments, and what is said of errors."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from . import __version__, cli_options, cli_verbs
+from . import __version__, cli_options, cli_tasks, cli_verbs
 
 VERBS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[[argparse.ArgumentParser], None]]] = {
     "demo": (cli_verbs.demo, cli_options.demo_options),
     "collect": (cli_verbs.collect_, cli_options.collect_options),
-    "train": (cli_verbs.train, cli_options.train_options),
+    "train": (cli_tasks.train, cli_options.train_options),
     "read": (cli_verbs.read, cli_options.read_options),
     "generate": (cli_verbs.generate, cli_options.generate_options),
+    "adapt": (cli_tasks.adapt, cli_options.adapt_options),
     "evaluate": (cli_verbs.evaluate, cli_options.evaluate_options),
     "push": (cli_verbs.push, cli_options.push_options),
 }

@@ -23,15 +23,11 @@ def demo_options(p: argparse.ArgumentParser) -> None:
 def collect_options(p: argparse.ArgumentParser) -> None:
     """Options of `peft-icm collect`; imports torch for the defaults."""
     from .collecting import CollectingArguments
-    from .tasks.detection import DetectionTask
-    from .tasks.language_modeling import LanguageModelingTask
 
     p.add_argument("base_model", help="Hub id or folder of the base model")
     p.add_argument("--tasks", required=True, help="folder with tasks.json and its texts or annotated images")
     p.add_argument("-o", "--output", required=True, help="folder of the collection; progress is kept in OUTPUT.work")
-    p.add_argument("--rank", type=int, default=2, help="r of the LoRA")
-    p.add_argument("--lora-alpha", type=int, default=4, help="alpha of the LoRA")
-    p.add_argument("--target-modules", nargs="+", default=["q_proj", "v_proj"], help="module names, or all-linear")
+    _lora_options(p)
     p.add_argument("--blocks-per-epoch", type=int, help="blocks or images in an epoch, drawn anew in each; by default all")
     own = _fields(p, CollectingArguments)
     own("--epochs", "num_train_epochs", "epochs for each task")
@@ -43,6 +39,19 @@ def collect_options(p: argparse.ArgumentParser) -> None:
     own("--seed", "seed", "one seed of A and B for all tasks")
     own("--num-workers", "num_workers", "processes that the tasks are spread over")
     own("--shard", "shard", "i/n: only the i-th of n parts of the tasks, for array jobs", type=str)
+    _example_options(p)
+
+
+def _lora_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--rank", type=int, default=2, help="r of the LoRA")
+    p.add_argument("--lora-alpha", type=int, default=4, help="alpha of the LoRA")
+    p.add_argument("--target-modules", nargs="+", default=["q_proj", "v_proj"], help="module names, or all-linear")
+
+
+def _example_options(p: argparse.ArgumentParser) -> None:
+    from .tasks.detection import DetectionTask
+    from .tasks.language_modeling import LanguageModelingTask
+
     _fields(p, LanguageModelingTask.train_dataset)("--block-size", "block_size", "tokens in a block")
     own = _fields(p, DetectionTask.train_dataset)
     own("--location-step", "location_step", "detection: write so many of Florence-2's location bins as one")
@@ -53,11 +62,17 @@ def train_options(p: argparse.ArgumentParser) -> None:
     """Options of `peft-icm train`; imports torch for the defaults."""
     from .generator.condition_space import SPACES
     from .generator.configuration_icm import ARCHITECTURES, ICMConfig
-    from .training.arguments import ICMTrainingArguments
+    from .training.arguments import OBJECTIVES, ICMTrainingArguments
 
-    p.add_argument("collection", help="folder or Hub id of an adapter collection")
+    p.add_argument("collection", nargs="?", help="folder or Hub id of an adapter collection; none with --objective task")
     p.add_argument("-o", "--output", required=True, help="folder of the generator; checkpoints are kept in OUTPUT.work")
-    p.add_argument("--tasks", help="folder of detection tasks: the encoder also sees pictures of their objects")
+    p.add_argument(
+        "--tasks", help="folder of tasks: what --objective task learns; else of detection tasks, whose pictures the encoder sees too"
+    )
+    p.add_argument("--base-model", help="--objective task: Hub id or folder of the base")
+    p.add_argument("--eval-tasks", help="--objective task: folder of tasks that nothing is trained on, to be scored on")
+    _lora_options(p)
+    _example_options(p)
     p.add_argument("--pictures", type=int, default=64, help="pictures of each of those tasks")
     p.add_argument(
         "--encoder", help="bundled:text or KIND:CHECKPOINT, e.g. sentence:org/name; by default the collection's own, or bundled:text"
@@ -75,6 +90,10 @@ def train_options(p: argparse.ArgumentParser) -> None:
     own("--epochs", "num_train_epochs", "epochs", type=float)
     own("--batch-size", "per_device_train_batch_size", "snapshots in a batch")
     own("--learning-rate", "learning_rate", "peak learning rate")
+    own("--objective", "objective", "reconstruction: of a collection's LoRAs; task: through the loss of the tasks", choices=OBJECTIVES)
+    own("--max-steps", "max_steps", "steps in the place of epochs")
+    own("--max-handful", "max_handful", "sentences, pictures or examples in a condition, at the most")
+    own("--condition-noise", "condition_noise", "noise on a condition")
     own("--phrasings", "phrasings", "sentences that each task should have; one with fewer gets phrasings of those it has; 0 for none")
     p.add_argument("--seed", type=int, default=0, help="seed of weights and episodes")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT.work")
@@ -132,6 +151,23 @@ def generate_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--base-model", help="Hub id or folder of the base; by default the generator's own")
     p.add_argument("--seed", type=int, default=0, help="seed of z")
     p.add_argument("--temperature", type=float, default=1.0, help="standard deviation of z")
+
+
+def adapt_options(p: argparse.ArgumentParser) -> None:
+    """Options of `peft-icm adapt`; imports torch for the defaults."""
+    from .generator.adapting import AdaptingMixin
+
+    p.add_argument("generator", help="Hub id or folder of a generator that was trained with --objective task")
+    p.add_argument("--tasks", required=True, help="folder with tasks.json and its annotated images or texts: the labelled examples")
+    p.add_argument("-o", "--output", required=True, help="folder of the adapters, one in a folder of its own for each task")
+    p.add_argument("--base-model", help="Hub id or folder of the base; by default the generator's own")
+    p.add_argument("--pictures", type=int, default=8, help="detection: cut-outs of a class's objects that are shown to the generator")
+    own = _fields(p, AdaptingMixin.adapt)
+    own("--steps", "steps", "steps of 16 examples, at the most")
+    own("--learning-rate", "learning_rate", "peak learning rate")
+    own("--seed", "seed", "of the order of the examples")
+    _example_options(p)
+    _token(p)
 
 
 def evaluate_options(p: argparse.ArgumentParser) -> None:

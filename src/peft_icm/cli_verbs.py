@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     from .adapters.collection import AdapterCollection
     from .conditioning import TaskEncoder
     from .generator.modeling_icm import ICMGenerator
+    from .training.arguments import ICMTrainingArguments
+    from .training.trainer import ICMTrainer
 
 BUNDLED = "bundled:"
 ADAPTER, COLLECTION, GENERATOR = "adapter_config.json", "collection.json", "config.json"  # what tells a folder of each kind
 
 
 @contextmanager
-def _importing() -> Iterator[None]:
+def importing() -> Iterator[None]:
     """Import torch and what is on it without the garbage collector: all of it stays, and searching it takes a third of a short run."""
     if "torch" in sys.modules or not gc.isenabled():  # main() was called by a program with objects, or an opinion, of its own
         yield
@@ -42,7 +44,7 @@ def _importing() -> Iterator[None]:
         gc.enable()
 
 
-def _generator(name: str, **kwargs: Any) -> ICMGenerator:
+def load_generator(name: str, **kwargs: Any) -> ICMGenerator:
     """`bundled:text`, a folder or a Hub id."""
     from .bundled import bundled_generator
     from .generator.modeling_icm import ICMGenerator
@@ -51,11 +53,14 @@ def _generator(name: str, **kwargs: Any) -> ICMGenerator:
     return ICMGenerator.from_pretrained(name, **kwargs)
 
 
-def _encoder(name: str, token: str | None) -> TaskEncoder:
-    """`bundled:text`, or `kind:checkpoint`."""
+def load_encoder(name: str, token: str | None) -> TaskEncoder:
+    """`bundled:text`, `kind:checkpoint`, or side by side `text=bundled:text,images=statistics:BASE`."""
     from .bundled import bundled_encoder
-    from .conditioning import ENCODERS, ClipEncoder
+    from .conditioning import ENCODERS, ClipEncoder, JoinedEncoder
 
+    if "=" in name.partition(":")[0]:
+        parts = dict(part.partition("=")[::2] for part in name.split(","))
+        return JoinedEncoder({argument: load_encoder(part, token) for argument, part in parts.items()})
     if name == f"{BUNDLED}text":
         return ClipEncoder.from_pretrained(bundled_encoder())
     kind, _, checkpoint = name.partition(":")
@@ -64,7 +69,7 @@ def _encoder(name: str, token: str | None) -> TaskEncoder:
     return ENCODERS[kind].from_pretrained(checkpoint, token=token)
 
 
-def _check_folder(output: str, mark: str) -> None:
+def check_folder(output: str, mark: str) -> None:
     """Refuse before the work what could not be written after it: `output` is new, empty, or an older folder of the same kind."""
     folder = Path(output)
     if folder.is_dir():
@@ -84,8 +89,8 @@ def _check_writable(path: Path) -> None:
 # ---------------------------------------------------------------------- verbs
 def demo(args: argparse.Namespace) -> dict[str, Any]:
     """Bundled generator, bundled text or pictures: a sentence becomes an adapter."""
-    _check_folder(args.output, "adapter/adapter_config.json")
-    with _importing():
+    check_folder(args.output, "adapter/adapter_config.json")
+    with importing():
         from .demo.run import run_demo
 
     return run_demo(args.output, args.task, full=args.full, quiet=args.json)
@@ -93,7 +98,7 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
 
 def collect_(args: argparse.Namespace) -> dict[str, Any]:
     """One LoRA per task; a second start goes on where the first was stopped."""
-    _check_folder(args.output, COLLECTION)
+    check_folder(args.output, COLLECTION)
     from peft import LoraConfig
 
     from .collecting import CollectingArguments, collect
@@ -112,40 +117,57 @@ def collect_(args: argparse.Namespace) -> dict[str, Any]:
     )
     collection = collect(args.base_model, tasks, lora, recipe)
     if collection is None:
-        _say(args, f"This shard is done; other tasks are not finished yet. Run again with the same {args.output} to gather them.")
+        say(args, f"This shard is done; other tasks are not finished yet. Run again with the same {args.output} to gather them.")
         return {"finished": False, "collection": None}
     collection.save_pretrained(args.output)
-    _say(args, f"{len(collection.tasks)} tasks, P = {collection.layout.numel:,}: {args.output}")
+    say(args, f"{len(collection.tasks)} tasks, P = {collection.layout.numel:,}: {args.output}")
     return {"finished": True, "collection": args.output, "tasks": collection.tasks, "numel": collection.layout.numel}
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Train a generator on a collection."""
-    _check_folder(args.output, GENERATOR)
-    from transformers import PrinterCallback
-
+    check_folder(args.output, GENERATOR)
     from .adapters.collection import AdapterCollection
     from .generator.configuration_icm import ICMConfig
-    from .training.arguments import ICMTrainingArguments
-    from .training.recipe import check_recipe, training_recipe
+    from .training.recipe import check_recipe, collection_sha256, training_recipe
     from .training.trainer import ICMTrainer
 
+    if args.collection is None:
+        raise ValueError("COLLECTION is missing: name a folder or a Hub id, or train on tasks with --objective task.")
     collection = AdapterCollection.from_pretrained(args.collection, token=args.token)
     encoder = _encode(args, collection)
-    training_args = ICMTrainingArguments(
+    training_args = training_arguments(args)
+    config = ICMConfig(context=not args.no_context, **chosen(args, ICMConfig))
+    check_recipe(f"{args.output}.work", training_recipe(collection_sha256(collection), config, training_args), resume=args.resume)
+    trainer = ICMTrainer(config, training_args, collection=collection, encoder=encoder)
+    return run_training(trainer, args)
+
+
+def training_arguments(args: argparse.Namespace, **more: Any) -> ICMTrainingArguments:
+    """What `peft-icm train` was told, for the Trainer."""
+    from .training.arguments import ICMTrainingArguments
+
+    often = "steps" if args.max_steps > 0 else "epoch"
+    return ICMTrainingArguments(
         output_dir=f"{args.output}.work",
         lr_scheduler_type="cosine",
         seed=args.seed,
-        eval_strategy="epoch",
-        save_strategy="epoch",
+        eval_strategy=often,
+        save_strategy=often,
+        eval_steps=max(1, args.max_steps // 10),
+        save_steps=max(1, args.max_steps // 10),
+        logging_steps=max(1, args.max_steps // 50),
         save_total_limit=1,
-        logging_strategy="epoch",
+        logging_strategy=often,
         disable_tqdm=args.json,
-        **chosen(args, ICMTrainingArguments),
+        **{**chosen(args, ICMTrainingArguments), **more},
     )
-    config = ICMConfig(context=not args.no_context, **chosen(args, ICMConfig))
-    check_recipe(f"{args.output}.work", training_recipe(collection, config, training_args), resume=args.resume)
-    trainer = ICMTrainer(config, training_args, collection=collection, encoder=encoder)
+
+
+def run_training(trainer: ICMTrainer, args: argparse.Namespace) -> dict[str, Any]:
+    """Train, from the last checkpoint with `--resume`, and save."""
+    from transformers import PrinterCallback
+
     if args.json:
         trainer.remove_callback(PrinterCallback)  # it prints the log on stdout
     # trainer_state.json is written last: a checkpoint without it was cut short
@@ -156,7 +178,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     trainer.generator.save_pretrained(args.output)
     training = trainer.generator.config.training or {}
     figures = {metric["type"]: metric["value"] for metric in training["metrics"]}
-    _say(args, f"{args.output}: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
+    say(args, f"{args.output}: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
     return {"generator": args.output, **figures}
 
 
@@ -171,29 +193,29 @@ def _encode(args: argparse.Namespace, collection: AdapterCollection) -> TaskEnco
     if own and not args.encoder:
         encoder = load_task_encoder(own, from_hub=not Path(args.collection).is_dir(), token=args.token)
     else:
-        encoder = _encoder(args.encoder or f"{BUNDLED}text", args.token)
+        encoder = load_encoder(args.encoder or f"{BUNDLED}text", args.token)
     tasks = load_tasks(args.tasks) if args.tasks else []
     pictures = {task.name: crops(task.train_images, task.label, args.pictures) for task in tasks if isinstance(task, DetectionTask)}
     had = set(collection.task_vectors) == set(collection.tasks)
     if had and own and own["sha256"] == encoder.config["sha256"] and not pictures:
-        _say(args, f"Task vectors: the collection's own, by the {encoder.kind} encoder {encoder.config['checkpoint']}.")
+        say(args, f"Task vectors: the collection's own, by the {encoder.kind} encoder {encoder.config['checkpoint']}.")
         return encoder
     collection.encode(encoder, images=pictures)
     instead = " in the place of the collection's own" if had else ""
-    _say(args, f"Task vectors{instead}: by the {encoder.kind} encoder {encoder.config['checkpoint']}.")
+    say(args, f"Task vectors{instead}: by the {encoder.kind} encoder {encoder.config['checkpoint']}.")
     return encoder
 
 
 def generate(args: argparse.Namespace) -> dict[str, Any]:
     """A sentence (or examples, or pictures) becomes a PEFT folder."""
-    _check_folder(args.output, ADAPTER)
-    with _importing():
+    check_folder(args.output, ADAPTER)
+    with importing():
         import torch
 
         from .adapters.saving import save_adapter
         from .generator import modeling_icm  # noqa: F401
 
-    generator = _generator(args.generator, revision=args.revision, token=args.token)
+    generator = load_generator(args.generator, revision=args.revision, token=args.token)
     heard = _hear(args, generator)
     with _one_line_warnings():
         model = generator.generate_adapter(
@@ -208,7 +230,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         )
     folder = save_adapter(model, args.output)
     base = model.peft_config["default"].base_model_name_or_path
-    _say(args, f"{folder}: {generator.layout.numel:,} numbers for {base}")
+    say(args, f"{folder}: {generator.layout.numel:,} numbers for {base}")
     numel = generator.layout.numel
     facts = {"adapter": str(folder.resolve()), "base_model": base, "text": args.text, "seed": args.seed, "numel": numel}
     return {**facts, "heard": heard}
@@ -216,21 +238,21 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
 
 def read(args: argparse.Namespace) -> dict[str, Any]:
     """Tell which task a generator hears in a request, and whether it knows it."""
-    with _importing():
+    with importing():
         from .generator import modeling_icm  # noqa: F401
 
-    generator = _generator(args.generator, revision=args.revision, token=args.token)
+    generator = load_generator(args.generator, revision=args.revision, token=args.token)
     heard = _hear(args, generator)
     if heard is None:
         raise ValueError(f"{args.generator} names no tasks in its config: it cannot tell what it hears.")
     for name, probability in list(heard["tasks"].items())[: args.top]:
-        _say(args, f"{name:24} {probability:5.2f} {'#' * round(40 * probability)}")
+        say(args, f"{name:24} {probability:5.2f} {'#' * round(40 * probability)}")
     threshold = heard["threshold"]
     if threshold is None:
-        _say(args, "This generator has no threshold: it takes any request for known.")
+        say(args, "This generator has no threshold: it takes any request for known.")
     else:
-        _say(args, f"{'familiarity':24} {heard['familiarity']:5.2f} {'#' * round(40 * heard['familiarity'])}")
-        _say(args, f"{'threshold':24} {threshold:5.2f} {'#' * round(40 * threshold)}  {'known' if heard['known'] else 'unknown'}")
+        say(args, f"{'familiarity':24} {heard['familiarity']:5.2f} {'#' * round(40 * heard['familiarity'])}")
+        say(args, f"{'threshold':24} {threshold:5.2f} {'#' * round(40 * threshold)}  {'known' if heard['known'] else 'unknown'}")
     return heard
 
 
@@ -239,7 +261,7 @@ def _hear(args: argparse.Namespace, generator: ICMGenerator) -> dict[str, Any] |
     if not generator.config.tasks:
         return None
     reading = generator.read(args.text, examples=args.example, images=args.image)
-    _say(args, f"{reading}: {reading.description}")
+    say(args, f"{reading}: {reading.description}")
     return {**asdict(reading), "task": reading.task, "known": reading.known, "confidence": reading.confidence, "worth": reading.worth}
 
 
@@ -277,7 +299,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from .tasks import load_tasks
     from .tasks.detection import DetectionTask
 
-    generator = _generator(args.generator, token=args.token)
+    generator = load_generator(args.generator, token=args.token)
     collection = AdapterCollection.from_pretrained(args.collection, token=args.token)
     processor = AutoProcessor.from_pretrained(generator.load_base().name_or_path, token=args.token)
     own = {task: collection.final(task) for task in collection.tasks}
@@ -298,7 +320,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         with replacing_file(args.output) as file:
             file.write_text(json.dumps(result, indent=1))
         report.plot(Path(args.output).with_suffix(".png"))
-    _say(args, report.table())
+    say(args, report.table())
     return result
 
 
@@ -322,10 +344,10 @@ def push(args: argparse.Namespace) -> dict[str, Any]:
     elif held == ADAPTER:
         info = push_adapter(folder, args.repo_id, with_base_model=args.with_base_model, **options)
     else:
-        generator = _generator(str(folder), token=args.token)
+        generator = load_generator(str(folder), token=args.token)
         report = _memorisation(generator, args.with_report, args.token) if args.with_report else None
         info = generator.push_to_hub(args.repo_id, report=report, with_base_model=args.with_base_model, **options)
-    _say(args, str(info.commit_url))
+    say(args, str(info.commit_url))
     return {"repo_id": args.repo_id, "commit": info.oid, "url": str(info.commit_url)}
 
 
@@ -340,6 +362,7 @@ def _memorisation(generator: ICMGenerator, name: str, token: str | None) -> dict
     return memorisation_report(generator, collection)
 
 
-def _say(args: argparse.Namespace, line: str) -> None:
+def say(args: argparse.Namespace, line: str) -> None:
+    """Print a line, where there is no --json."""
     if not args.json:
         print(line, flush=True)

@@ -238,8 +238,9 @@ class DirectNetwork(nn.Module):
         self.register_buffer("spread", torch.zeros(rank, rank))
         self.register_buffer("prior_strength", torch.ones(()))
         steps = (nn.Linear(inputs, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden))
-        self.decoder = nn.Sequential(*steps, nn.Linear(hidden, rank), nn.LayerNorm(rank))
-        nn.init.constant_(self.decoder[-1].weight, self.STARTING_SIZE)
+        bounded = nn.LayerNorm(rank)
+        nn.init.constant_(bounded.weight, self.STARTING_SIZE)
+        self.decoder = nn.Sequential(*steps, nn.Linear(hidden, rank), bounded)
 
     def fit(self, parameters: Tensor) -> None:
         """Start at the mean of normalised adapters `[N, P]`; nothing else is estimated outside training."""

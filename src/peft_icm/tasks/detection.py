@@ -162,25 +162,26 @@ class DetectionTask:
         """
         if not 0 <= negatives < math.inf:
             raise ValueError(f"negatives={negatives!r} must be a number of at least 0.")
-        positive: list[AnnotatedImage] = []
-        negative: list[AnnotatedImage] = []
-        for image in self.train_images:
-            named = [(box, label) for box, label in zip(image.boxes, image.labels, strict=True) if label in self.trained_labels]
-            answered = AnnotatedImage(image.image, [box for box, _ in named], [self.answer or label for _, label in named])
-            (positive if named else negative).append(answered)
+        positive = [image for image in self.train_images if not self.trained_labels.isdisjoint(image.labels)]
+        negative = [image for image in self.train_images if self.trained_labels.isdisjoint(image.labels)]
         if not positive:
             raise ValueError(
                 f"Task {self.name!r} is a class with no examples: none of its {len(negative)} training images has a {self.label!r}."
             )
         drawn = random.Random(0).sample(negative, min(round(negatives * len(positive)), len(negative)))
         return DetectionExamples(
-            positive + drawn,
+            [self._answered(image) for image in positive + drawn],
             processor,
             prompt=self.prompt,
             location_step=location_step,
             images_per_epoch=images_per_epoch,
             in_memory=in_memory,
         )
+
+    def _answered(self, image: AnnotatedImage) -> AnnotatedImage:
+        """The image with the objects that its answer names, by the name that it gives them."""
+        named = [(box, label) for box, label in zip(image.boxes, image.labels, strict=True) if label in self.trained_labels]
+        return AnnotatedImage(image.image, [box for box, _ in named], [self.answer or label for _, label in named])
 
 
 def detection_tasks(

@@ -39,16 +39,27 @@ _WITHOUT_EFFECT = (
 )
 
 
-def training_recipe(collection: AdapterCollection, config: ICMConfig, args: ICMTrainingArguments) -> dict[str, Any]:
+def training_recipe(data: str, config: ICMConfig, args: ICMTrainingArguments) -> dict[str, Any]:
     """Everything that the weights depend on, JSON-able.
 
     Args:
-        collection (`AdapterCollection`): Its layout, snapshots and task vectors enter by their hash.
+        data (`str`): Digest of what is trained on: [`collection_sha256`], or `ThroughTask.fingerprint`.
         config ([`ICMConfig`]): Of the new generator.
         args ([`ICMTrainingArguments`]): Without what only says where to write and what to log.
 
     Returns:
         `dict`
+    """
+    settings = {name: value for name, value in args.to_dict().items() if not name.startswith(_WITHOUT_EFFECT)}
+    model = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
+    return json.loads(json.dumps({"collection": data, "config": model, "arguments": settings}, default=str))
+
+
+def collection_sha256(collection: AdapterCollection) -> str:
+    """Hex digest over a collection's layout, snapshots and task vectors.
+
+    Args:
+        collection (`AdapterCollection`): The collection.
     """
     digest = hashlib.sha256(collection.layout.fingerprint.encode())
     for task in collection.tasks:
@@ -56,9 +67,7 @@ def training_recipe(collection: AdapterCollection, config: ICMConfig, args: ICMT
         for tensor in (collection.snapshots[task], collection.task_vectors.get(task)):
             if tensor is not None:
                 digest.update(f"{tuple(tensor.shape)}".encode() + tensor.float().contiguous().numpy().tobytes())
-    settings = {name: value for name, value in args.to_dict().items() if not name.startswith(_WITHOUT_EFFECT)}
-    model = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
-    return json.loads(json.dumps({"collection": digest.hexdigest(), "config": model, "arguments": settings}, default=str))
+    return digest.hexdigest()
 
 
 _held: dict[Path, FileLock] = {}
@@ -119,7 +128,7 @@ def check_recipe(folder: str | Path, recipe: dict[str, Any], *, resume: bool) ->
             raise ValueError(f"{file} cannot be read ({error}): it is not known how that run was begun; train without --resume.") from error
         known = {part: found.get(part) for part in recipe} if isinstance(found, dict) else {}
         if known.get("collection") != recipe["collection"]:
-            differs: str | None = "another collection"
+            differs: str | None = "another collection, or other tasks"
         else:
             differs = difference(known, recipe)
         if differs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -77,6 +78,15 @@ class TaskEpisodes(Dataset[dict[str, Tensor]]):
             if torch.rand((), generator=draw) < self.args.condition_dropout:
                 condition = self.generator.no_condition
         return {**self.datasets[task][example], "condition": condition, "noise": noise, "task": torch.tensor(task)}
+
+    def fingerprint(self) -> str:
+        """Hex digest over examples and task vectors."""
+        digest = hashlib.sha256()
+        for dataset, groups in zip(self.datasets, self.vectors, strict=True):
+            digest.update(dataset.fingerprint().encode())
+            for group in groups:
+                digest.update(group.numpy().tobytes())
+        return digest.hexdigest()
 
 
 class TaskSampler(Sampler[Key]):
@@ -155,7 +165,7 @@ class ThroughTask:
             for name in (
                 "gradient_checkpointing",
                 "activation_checkpointing",
-            ):  # two names of one field, the second since transformers 5.20
+            ):  # the same by its older and newer name
                 setattr(args, name, False)  # the generator's own layers are no burden
         self.base.to(args.device)  # type: ignore[arg-type]
 

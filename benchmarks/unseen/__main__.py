@@ -1,0 +1,227 @@
+"""Adapters for classes that nothing was trained on: the open world of the bundled detector, against everything that could take its place.
+
+    python -m benchmarks.unseen --build build conditions     # seen and unseen classes x text, pictures, both x 1, 4, 8 pictures
+    python -m benchmarks.unseen --build build rivals         # own LoRAs, one LoRA for all, nearest class, soup, wrong and random conditions
+    python -m benchmarks.unseen --build build adapt          # 4, 16, 64 scenes against LoRA from scratch and parts of adapt
+
+`build` is that of examples/build_demo/build_demo_models.py, with the stages up to `open-generator`; `--split choose` takes the classes that
+settings are chosen on in the place of those that decide. AP50 of one class, on scenes of three styles that nothing was trained on.
+Writes results/PART.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model, get_peft_model_state_dict
+from tqdm.auto import tqdm
+from transformers import AutoProcessor, Trainer, TrainingArguments
+
+from peft_icm import ICMGenerator
+from peft_icm.adapters import attach, load_base
+from peft_icm.adapters.examples import collate
+from peft_icm.evaluation.detection import class_precision
+from peft_icm.tasks.annotated_images import crops, load_coco
+from peft_icm.tasks.detection import DetectionTask, detect
+
+HERE = Path(__file__).parent
+BUILD_DEMO = HERE.parent.parent / "examples" / "build_demo"
+PICTURES = (1, 4, 8)
+SHOWN, OTHERS = 30, 30  # test scenes of a class, and as many without it
+FEW = (4, 16, 64)
+RATES = (1e-3, 3e-3)
+
+
+class World:
+    """The open world's test scenes and its generator.
+
+    Args:
+        build (`Path`): With `open/` and `open_generator/`.
+        generator (`Path`): The generator.
+        split (`str`): `"test"` or `"choose"`.
+        classes (`int`): At most so many of each kind.
+    """
+
+    def __init__(self, build: Path, generator: Path, split: str, classes: int):
+        self.generator = ICMGenerator.from_pretrained(generator)
+        self.base_folder = build / "florence"
+        self.processor = AutoProcessor.from_pretrained(self.base_folder)
+        self.images = load_coco(build / "open" / f"{split}.json", build / "open" / split)
+        chosen = json.loads((BUILD_DEMO / "open_world.json").read_text(encoding="utf-8"))
+        nouns = json.loads((BUILD_DEMO / "nouns.json").read_text(encoding="utf-8"))
+        unseen = nouns["unseen"] if split == "test" else chosen["choose"]
+        self.classes = {"unseen": unseen[:classes], "seen": chosen["tested"][:classes] if split == "test" else []}
+        self.model: Any = self.generator.load_base()
+        # The first half of a class's scenes is there to give pictures and examples, the second to test on.
+        self.given, self.tested = {}, {}
+        for noun in [noun for names in self.classes.values() for noun in names]:
+            shown = [image for image in self.images if noun in image.labels]
+            half = len(shown) // 2
+            self.given[noun], self.tested[noun] = shown[:half], shown[half : half + SHOWN]
+
+    def pictures(self, noun: str, count: int, seed: int = 0) -> list[Any]:
+        """So many cut-outs of a class, from scenes that nothing is tested on."""
+        found = crops(self.given[noun], noun)
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [found[index] for index in order[:count]]
+
+    def score(self, noun: str, vector: torch.Tensor | None) -> float:
+        """AP50 of a class under an adapter `[P]`, or under the base."""
+        layout = self.generator.layout
+        if vector is not None:
+            self.model = attach(self.model, layout, layout.unflatten(vector))
+        others = [image for image in self.images if noun not in image.labels][:OTHERS]
+        images = self.tested[noun] + others
+        found = detect(self.model, self.processor, images, batch_size=60, max_new_tokens=40, progress=False)
+        named = [{**one, "labels": [noun if label == "object" else label for label in one["labels"]]} for one in found]
+        return class_precision(named, images, noun)["map_50"]
+
+    def sample(self, **given: Any) -> torch.Tensor:
+        """The adapter `[P]` of a request, at z = 0."""
+        return self.generator.sample(self.generator.task_vector(**given), temperature=0.0)[0].detach()
+
+    def examples(self, noun: str, count: int) -> Any:
+        """So many annotated scenes of a class, three of five with it, as the base takes them."""
+        shown = self.given[noun]
+        others = [image for image in self.images if noun not in image.labels][OTHERS:]
+        with_it = min(len(shown), -(-count * 3 // 5))
+        task = DetectionTask(noun, [f"detect {noun}"], noun, [*shown[:with_it], *others[: count - with_it]], [], answer="object")
+        options = {"negatives": 10.0, "location_step": 20, "in_memory": True}
+        return task.train_dataset(self.processor, **options)
+
+
+def conditions(world: World, seeds: int) -> dict[str, Any]:
+    """AP50 by class, and by what was given."""
+    from demo_open import spoken
+
+    rows: dict[str, Any] = {}
+    for kind, nouns in world.classes.items():
+        for noun in tqdm(nouns, desc=kind):
+            row: dict[str, float] = {}
+            text = {"text": f"detect {spoken(noun)}"} if "text" in world.generator.encoder.accepts else None
+            for count in PICTURES:
+                for seed in range(seeds):
+                    images = {"images": world.pictures(noun, count, seed)}
+                    row[f"{count} pictures, seed {seed}"] = world.score(noun, world.sample(**images))
+                    if text and count == 8 and seed == 0:
+                        row["text and 8 pictures"] = world.score(noun, world.sample(**text, **images))
+            if text:
+                row["text"] = world.score(noun, world.sample(**text))
+            rows[noun] = {"kind": kind, **row}
+    return rows
+
+
+def train_lora(world: World, noun: str, count: int, steps: int, rate: float, start: torch.Tensor | None = None) -> torch.Tensor:
+    """A LoRA of its own from annotated scenes, `[P]`, in the ordinary way; from scratch, or from a generated start."""
+    layout = world.generator.layout
+    examples = world.examples(noun, count)
+    base = load_base(layout, str(world.base_folder), None)
+    torch.manual_seed(0)
+    model: Any = get_peft_model(base, layout.lora_config())
+    if start is not None:
+        model = attach(model, layout, layout.unflatten(start), is_trainable=True)
+    arguments = TrainingArguments(
+        output_dir="/tmp/unseen", max_steps=steps, per_device_train_batch_size=min(16, len(examples)), learning_rate=rate,
+        lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.0, max_grad_norm=1.0, save_strategy="no", logging_strategy="no",
+        report_to="none", disable_tqdm=True, seed=0, use_cpu=True,
+    )  # fmt: skip
+    Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collate).train()
+    return layout.flatten(get_peft_model_state_dict(model, save_embedding_layers=False)).detach()
+
+
+def rivals(world: World, seeds: int) -> dict[str, Any]:
+    """AP50 by class of what could stand in the generator's place."""
+    generator = world.generator
+    known = {noun: generator.task_vector(images=world.pictures(noun, 8, 1)) for noun in world.classes["seen"]}
+    nouns = world.classes["unseen"]
+    rows: dict[str, Any] = {}
+    own = {noun: world.sample(images=world.pictures(noun, 8)) for noun in nouns}
+    shared = generator.sample(generator.no_condition, temperature=0.0)[0].detach()
+    for index, noun in enumerate(tqdm(nouns, desc="rivals")):
+        row = {"8 pictures": world.score(noun, own[noun]), "one LoRA for all (no condition)": world.score(noun, shared)}
+        row["another class's pictures"] = world.score(noun, own[nouns[(index + 7) % len(nouns)]])
+        wild = (
+            torch.randn(generator.config.condition_dim, generator=torch.Generator().manual_seed(index)) * generator.statistics.condition_std
+        )
+        row["random condition"] = world.score(
+            noun, generator.sample(wild + generator.statistics.condition_mean, temperature=0.0)[0].detach()
+        )
+        if known:
+            here = generator.normalize_condition(generator.task_vector(images=world.pictures(noun, 8))[None])
+            there = generator.normalize_condition(torch.stack(list(known.values())))
+            near = torch.cosine_similarity(here, there).argsort(descending=True)
+            adapters = [generator.sample(list(known.values())[i], temperature=0.0)[0].detach() for i in near[:4]]
+            row["nearest tested class"] = world.score(noun, adapters[0])
+            row["soup of the 4 nearest"] = world.score(noun, torch.stack(adapters).mean(0))
+        rows[noun] = row
+    return rows
+
+
+def few(world: World, seeds: int) -> dict[str, Any]:
+    """AP50 by class from few scenes: adapt against LoRA from scratch, the start tuned freely, and the condition alone."""
+    rows: dict[str, Any] = {}
+    for noun in tqdm(world.classes["unseen"], desc="few examples"):
+        pictures = world.pictures(noun, 8)
+        start = world.sample(images=pictures)
+        row: dict[str, float] = {"start": world.score(noun, start)}
+        for count in FEW:
+            examples = world.examples(noun, count)
+            base = load_base(world.generator.layout, str(world.base_folder), None)
+            adapted = world.generator.adapt(labelled=examples, base_model=base, images=pictures)
+            vector = world.generator.layout.flatten(get_peft_model_state_dict(adapted, save_embedding_layers=False)).detach()
+            row[f"adapt, {count}"] = world.score(noun, vector)
+            for rate in RATES:
+                row[f"from scratch, {count}, {rate:g}"] = world.score(noun, train_lora(world, noun, count, 120, rate))
+                row[f"start tuned freely, {count}, {rate:g}"] = world.score(noun, train_lora(world, noun, count, 120, rate, start))
+        rows[noun] = row
+        print(json.dumps({noun: {name: round(value, 3) for name, value in row.items()}}), flush=True)
+    return rows
+
+
+PARTS = {"conditions": conditions, "rivals": rivals, "adapt": few}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--build", type=Path, required=True)
+    parser.add_argument("--generator", type=Path, help="by default that of the build")
+    parser.add_argument("--split", choices=("test", "choose"), default="test")
+    parser.add_argument("--classes", type=int, default=40, help="at most so many of each kind")
+    parser.add_argument("--seeds", type=int, default=1, help="draws of the pictures")
+    parser.add_argument("--name", help="of the results; by default the part")
+    args = parser.parse_args()
+    sys.path.insert(0, str(BUILD_DEMO))
+    world = World(args.build, args.generator or args.build / "open_generator", args.split, args.classes)
+    rows = PARTS[args.part](world, args.seeds)
+    kinds = {noun: kind for kind, nouns in world.classes.items() for noun in nouns}
+    means: dict[str, dict[str, float]] = {}
+    for kind in world.classes:
+        found = [row for noun, row in rows.items() if kinds[noun] == kind]
+        names = [name for name in (found[0] if found else {}) if name != "kind"]
+        means[kind] = {name: round(statistics.mean(row[name] for row in found), 4) for name in names}
+    run = {
+        "command": " ".join(["python -m benchmarks.unseen", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{torch.get_num_threads()} threads",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+    rounded = {
+        noun: {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()} for noun, row in rows.items()
+    }
+    file = HERE / "results" / f"{args.name or args.part}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"run": run, "mean": means, "classes": rounded}, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(means, indent=1))
+
+
+if __name__ == "__main__":
+    main()
