@@ -23,6 +23,9 @@ Detection (a Florence-2 and 14 classes; resvg-py draws the icons):
     detection-collect    detection_collection/: one LoRA for each of 14 classes
     detection-generator  detection_generator/: the ICMGenerator, conditioned on sentences and pictures
     detection-bundle     src/peft_icm/bundled/detection/ and bundled/encoder/
+Open world (332 nouns, whose adapters the same Florence-2 gets without a LoRA of theirs having been trained):
+    open-scenes          open/: scenes of all nouns, and test scenes in styles, on photographs and of classes of their own
+    open-generator       open_generator/: trained through the loss of detecting each of them
 
 `reproduction_data.py` fetches by the same stages what `peft-icm reproduce` needs.
 """
@@ -35,6 +38,7 @@ from pathlib import Path
 
 import demo_detection
 import demo_detector
+import demo_open
 import demo_scenes
 import demo_text
 
@@ -60,6 +64,8 @@ STAGES: dict[str, Callable[[Path], None]] = {
     "detection-collect": demo_detection.collect_loras,
     "detection-generator": demo_detection.generator,
     "detection-bundle": demo_detection.bundle,
+    "open-scenes": demo_open.draw_open,
+    "open-generator": demo_open.open_generator,
 }
 
 

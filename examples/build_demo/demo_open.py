@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from demo_detector import SCENE, STEP
-from demo_scenes import SEEN, TEST_STYLES, Icon, Icons, photographs, scenes, write_coco
+from demo_scenes import TEST_STYLES, Icon, Icons, photographs, scenes, write_coco
 from peft import LoraConfig
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
 from peft_icm import ICMConfig, ICMTrainer, ICMTrainingArguments
-from peft_icm.conditioning import StatisticsEncoder
+from peft_icm.conditioning import ClipEncoder, JoinedEncoder, StatisticsEncoder
 from peft_icm.tasks.annotated_images import AnnotatedImage, load_coco
 from peft_icm.tasks.detection import DetectionTask
 
@@ -32,6 +32,7 @@ TRAIN_SCENES, TEST_SCENES, CHOOSE_SCENES = 24_000, 2_400, 1_200
 
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": r".*language_model.*\.(q_proj|k_proj|v_proj|fc2)|lm_head"}
 DATA = {"location_step": STEP, "negatives": 2 / 3}
+STEPS, PHRASINGS = 3000, 24
 ANSWER = "object"  # the base has no name for what it is asked to find
 
 
@@ -132,7 +133,7 @@ def open_generator(build: Path) -> None:
     args = ICMTrainingArguments(
         output_dir=str(build / "open_generator.work"),
         objective="task",
-        max_steps=1500,
+        max_steps=STEPS,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=64,
         learning_rate=1e-3,
@@ -142,21 +143,27 @@ def open_generator(build: Path) -> None:
         weight_decay=0.0,
         max_handful=8,
         condition_noise=0.3,
+        phrasings=PHRASINGS,
         dataset_kwargs=DATA,
         bf16=True,
         use_cpu=True,
         eval_strategy="steps",
-        eval_steps=250,
+        eval_steps=500,
         save_strategy="steps",
-        save_steps=250,
+        save_steps=500,
         save_total_limit=1,
         logging_steps=50,
         report_to="none",
     )
     trainer = ICMTrainer(
-        ICMConfig(hidden_size=512, num_components=128, latent_size=8),
+        ICMConfig(hidden_size=384, num_components=64, latent_size=8),
         args,
-        encoder=StatisticsEncoder.from_pretrained(str(build / "florence")),
+        encoder=JoinedEncoder(
+            {
+                "text": ClipEncoder.from_pretrained(str(build / "encoder")),
+                "images": StatisticsEncoder.from_pretrained(str(build / "florence")),
+            }
+        ),
         tasks=[SeenTask(**vars(task), seen=seen) for task in tasks],
         eval_tasks=open_tasks(build, SPLIT["choose"], "choose"),
         base_model=florence,
@@ -164,6 +171,3 @@ def open_generator(build: Path) -> None:
     )
     trainer.train()
     trainer.generator.save_pretrained(build / "open_generator")
-
-
-__all__ = ["SEEN", "draw_open", "open_generator", "open_task", "open_tasks"]

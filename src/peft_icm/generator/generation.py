@@ -356,7 +356,12 @@ class AdapterMixin(RequestsMixin):
         if self.config.base_model_subfolder:
             return str(self._resolve(self.config.base_model_subfolder)), None
         name = self.layout.base_model_name_or_path
-        if name is None:
+        encoder = self.config.encoder or {}
+        if name is None:  # where its encoder is the base itself, that one is there
+            parts = [encoder, *encoder.get("parts", {}).values()]
+            reads = next((part["folder"] for part in parts if part.get("kind") == "statistics" and part.get("folder")), None)
+            if reads is not None:
+                return str(self._resolve(reads)), None
             raise ValueError("This generator names no base model: pass base_model= (an id, a folder or a model).")
         if self._source.on_hub and (os.path.exists(name) or is_local(name)):
             raise ValueError(f"{self._source['name']} names the base model {name!r}, a place on this machine: pass base_model=.")
