@@ -1,4 +1,4 @@
-"""Run by torchrun in test_training.py: train two epochs and write the logged losses."""
+"""Run by torchrun in test_training.py and test_through_task.py: train and write the logged losses."""
 
 import json
 import sys
@@ -9,10 +9,20 @@ from test_training import arguments, tiny_collection
 from peft_icm import ICMConfig, ICMTrainer
 
 
-def main():
-    folder, batch = Path(sys.argv[1]), int(sys.argv[2])
+def by_reconstruction(folder, batch):
     args = arguments(folder / "out", num_train_epochs=2, per_device_train_batch_size=batch, logging_steps=1, ddp_backend="gloo")
-    trainer = ICMTrainer(ICMConfig(latent_size=4, hidden_size=16, num_components=6), args, collection=tiny_collection())
+    return ICMTrainer(ICMConfig(latent_size=4, hidden_size=16, num_components=6), args, collection=tiny_collection())
+
+
+def through_tasks(folder, batch):
+    from test_through_task import text_world, trainer
+
+    return trainer(text_world(folder / "base"), folder / "out", per_device_train_batch_size=batch, ddp_backend="gloo")
+
+
+def main():
+    folder, batch, objective = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    trainer = {"reconstruction": by_reconstruction, "task": through_tasks}[objective](folder, batch)
     trainer.train()
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

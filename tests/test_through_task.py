@@ -20,10 +20,8 @@ NAMES = ("sonnets", "novels", "genesis", "letters")
 COLOURS = ("red", "green", "blue", "white")
 
 
-@pytest.fixture(scope="module")
-def language(tmp_path_factory):
-    """A Llama on disk with four text tasks: base, tasks, LoRA, encoder kind."""
-    folder = tmp_path_factory.mktemp("llama")
+def text_world(folder):
+    """A Llama on disk with four text tasks: base, tasks, LoRA, and options of their examples."""
     torch.manual_seed(0)
     llama(vocab_size=len(tokenizer()), max_position_embeddings=256).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -31,6 +29,11 @@ def language(tmp_path_factory):
     tasks = [LanguageModelingTask(name, [f"write {name}"], [text], [text]) for name, text in zip(NAMES, texts, strict=True)]
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
     return folder, tasks, lora, {"block_size": 32}
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    return text_world(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -273,9 +276,6 @@ class TestJoined:
             JoinedEncoder({"images": seen})
 
     def test_it_travels_with_its_generator(self, detection, tmp_path):
-        class Words(HiddenStateEncoder):
-            pass
-
         seen = StatisticsEncoder.from_pretrained(str(detection[0]))
         from peft_icm.bundled import bundled_encoder
         from peft_icm.conditioning import ClipEncoder

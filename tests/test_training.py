@@ -142,7 +142,8 @@ def test_resume_is_exact(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_loss_of_one(tmp_path):
+@pytest.mark.parametrize("objective", ["reconstruction", "task"])
+def test_two_processes_have_the_loss_of_one(tmp_path, objective):
     results = []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -162,7 +163,7 @@ def test_two_processes_have_the_loss_of_one(tmp_path):
             "--master_port",
             str(port),
         ]
-        command += [str(Path(__file__).parent / "ddp_train.py"), str(folder), str(batch)]
+        command += [str(Path(__file__).parent / "ddp_train.py"), str(folder), str(batch), objective]
         run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stderr[-3000:]
         results.append(json.loads((folder / "result.json").read_text()))
