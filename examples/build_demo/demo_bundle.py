@@ -56,6 +56,8 @@ def write_bundle(name: str, generator: Path, collection: Path, tasks: Sequence[A
     # The text tower is the same to the bit in each: only the hashes of the whole change with the image tower.
     for folder in BUNDLED.glob("*/generator"):
         config = ICMConfig.from_pretrained(folder)
+        if (config.encoder or {})["kind"] == "joined":  # the open world is bundled after this
+            continue
         config.encoder = {**model.config.encoder, "folder": "../../encoder"}
         config.save_pretrained(folder)
     full = AdapterCollection.from_pretrained(collection)

@@ -7,11 +7,13 @@ Classes under `seen` of nouns.json are trained on; those under `choose` of open_
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from demo_bundle import BUNDLED, bundled_size
 from demo_detector import SCENE, STEP
 from demo_scenes import TEST_STYLES, Icon, Icons, photographs, scenes, write_coco
 from peft import LoraConfig
@@ -20,7 +22,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
-from peft_icm import ICMConfig, ICMTrainer, ICMTrainingArguments
+from peft_icm import ICMConfig, ICMGenerator, ICMTrainer, ICMTrainingArguments
 from peft_icm.conditioning import ClipEncoder, JoinedEncoder, StatisticsEncoder
 from peft_icm.tasks.annotated_images import AnnotatedImage, load_coco
 from peft_icm.tasks.detection import DetectionTask
@@ -33,6 +35,18 @@ TRAIN_SCENES, TEST_SCENES, CHOOSE_SCENES = 24_000, 2_400, 1_200
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": r".*language_model.*\.(q_proj|k_proj|v_proj|fc2)|lm_head"}
 DATA = {"location_step": STEP, "negatives": 2 / 3}
 STEPS, PHRASINGS = 3000, 24
+SHOWN, SHOWN_PICTURES, SHOWN_SCENES = (
+    ("panda", "rocket", "camel", "trophy"),
+    8,
+    12,
+)  # unseen classes of the demo, named before they were tested
+SHARED = {"text": "../../encoder", "images": "../../detection/generator/base_model"}
+LICENCES = """# Licences of what is bundled
+
+The generator was trained by `examples/build_demo/build_demo_models.py open-generator`: Apache-2.0. The scenes in `tasks/images/` are
+icons of noto, twemoji and openmoji pasted on photographs, as those of `../detection`, under the licences that `../detection/LICENSES.md`
+names; where they differ, the stricter one holds (CC BY-SA 4.0).
+"""
 ANSWER = "object"  # the base has no name for what it is asked to find
 
 
@@ -171,3 +185,42 @@ def open_generator(build: Path) -> None:
     )
     trainer.train()
     trainer.generator.save_pretrained(build / "open_generator")
+
+
+def open_bundle(build: Path) -> None:
+    """Write what the package carries: the generator in bf16 on the detection bundle's base, and scenes of a few unseen classes."""
+    target = BUNDLED / "open"
+    shutil.rmtree(target, ignore_errors=True)
+    (target / "tasks" / "images").mkdir(parents=True)
+    ICMGenerator.from_pretrained(build / "open_generator", dtype=torch.bfloat16).save_pretrained(target / "generator")
+    shutil.rmtree(target / "generator" / "encoder")
+    config = ICMConfig.from_pretrained(target / "generator")
+    parts = {
+        name: {**part, "checkpoint": name, "folder": SHARED[name]}
+        for name, part in config.encoder["parts"].items()  # type: ignore[index]
+    }
+    config.encoder = {name: value for name, value in (config.encoder or {}).items() if name != "folder"} | {"parts": parts}
+    config.layout = {**(config.layout or {}), "base_model_name_or_path": None}
+    config.save_pretrained(target / "generator")
+
+    document = json.loads((build / "open" / "test.json").read_text())
+    numbers = {entry["name"]: entry["id"] for entry in document["categories"]}
+    kept: dict[str, set[int]] = {"train": set(), "test": set()}
+    for noun in SHOWN:
+        found = sorted({entry["image_id"] for entry in document["annotations"] if entry["category_id"] == numbers[noun]})
+        kept["train"] |= set(found[:SHOWN_PICTURES]) - kept["test"]
+        kept["test"] |= set(found[SHOWN_PICTURES : SHOWN_PICTURES + SHOWN_SCENES]) - kept["train"]
+    for split, images in kept.items():
+        part = {
+            "images": [entry for entry in document["images"] if entry["id"] in images],
+            "annotations": [entry for entry in document["annotations"] if entry["image_id"] in images],
+            "categories": document["categories"],
+        }
+        for entry in part["images"]:
+            shutil.copy(build / "open" / "test" / entry["file_name"], target / "tasks" / "images")
+        (target / "tasks" / f"{split}.json").write_text(json.dumps(part))
+    entries = [{"name": noun, "label": noun, "descriptions": [f"detect {spoken(noun)}s"], "answer": ANSWER} for noun in SHOWN]
+    splits = {split: {"annotations": f"{split}.json", "images": "images"} for split in kept}
+    (target / "tasks" / "tasks.json").write_text(json.dumps({**splits, "tasks": entries}, indent=1) + "\n", encoding="utf-8")
+    (target / "LICENSES.md").write_text(LICENCES, encoding="utf-8")
+    print(bundled_size())

@@ -11,7 +11,7 @@ def bundled_folder(name: str) -> Path:
     """The folder of a bundle.
 
     Args:
-        name (`str`): `"text"` or `"detection"`.
+        name (`str`): `"text"`, `"detection"` or `"open"`.
 
     Raises:
         `ValueError`: If there is no such bundle.
@@ -27,7 +27,8 @@ def bundled_generator(name: str) -> str:
     """The folder of a bundled generator, for [`ICMGenerator.from_pretrained`].
 
     Args:
-        name (`str`): `"text"`: text domains for the bundled Llama; `"detection"`: one-class detection for the bundled Florence-2.
+        name (`str`): `"text"`: text domains for the bundled Llama; `"detection"`: one-class detection for the bundled Florence-2;
+            `"open"`: detection of classes without a LoRA, by pictures of them, for the same Florence-2.
 
     Returns:
         `str`: Path of the folder.
