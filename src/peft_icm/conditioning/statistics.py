@@ -42,6 +42,7 @@ class StatisticsEncoder(HiddenStateEncoder):
     ):
         super().__init__(model, processor, checkpoint, revision, prompt)
         self.config.pop("prompt", None)
+        self.config["accepts"] = list(self.accepts)
         text = self.model.config.get_text_config()
         self.config["dim"] *= 3 if self.accepts == ("images",) else 2 * (text.num_hidden_layers + 1)
 

@@ -105,7 +105,7 @@ def generator_card(
         title=model_name,
         repo_id=repo_id,
         accepts=accepts,
-        pictures_too=encoder.get("kind") == "clip" and encoder.get("projected", True),
+        pictures_too=(encoder.get("kind") == "clip" and encoder.get("projected", True)) or "images" in _mapping(encoder.get("parts")),
         call=calls.get(accepts, "task_vector=vector"),
         base=f"`{BASE_FOLDER}/` of this repo" if travels else _base_words(named),
         base_class=layout.get("base_model_class"),
@@ -118,6 +118,7 @@ def generator_card(
         generator_size=_size(generator_bytes),
         break_even=max(2, math.ceil(generator_bytes / max(1, adapter_bytes))),
         tasks=tasks,
+        through_tasks=training.get("objective") == "task",
         facts=_training_facts(training),
         metrics=metrics,
         reading=_reading_facts(_mapping(training.get("reading"))),
@@ -265,7 +266,8 @@ def _accepts(encoder: Mapping[str, Any]) -> str:
         return "task_vector"
     if encoder.get("kind") == "hidden_state":
         return "images" if "prompt" in encoder else "examples"
-    return "text"
+    accepts = [str(name) for name in _list(encoder.get("accepts")) or _mapping(encoder.get("parts"))]
+    return next(iter(accepts), "text")
 
 
 def _encoder_line(encoder: Mapping[str, Any]) -> str:
