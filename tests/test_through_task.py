@@ -1,17 +1,21 @@
 """Training through the loss of tasks, and adapting to examples, on tiny models of the real classes."""
 
 import copy
+import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from PIL import Image
 from test_training import arguments
 from tiny import TEXTS, florence_processor, florence_reader, llama, tokenizer
+from transformers import AutoModelForCausalLM
 
 from peft_icm import ICMConfig, ICMGenerator, ICMTrainer
 from peft_icm.adapters.examples import collate, example_losses
+from peft_icm.cli import main
 from peft_icm.conditioning import HiddenStateEncoder, JoinedEncoder, StatisticsEncoder
+from peft_icm.hub.cards import generator_card
 from peft_icm.tasks.annotated_images import AnnotatedImage
 from peft_icm.tasks.detection import DetectionTask
 from peft_icm.tasks.language_modeling import LanguageModelingTask
@@ -290,3 +294,72 @@ class TestJoined:
             here, there = (generator.sample(generator.task_vector(**given), temperature=0.0) for generator in (run.generator, loaded))
             assert torch.allclose(here, there, atol=1e-6)
         assert (tmp_path / "saved" / "encoder" / "text").is_dir() and (tmp_path / "saved" / "encoder" / "images").is_dir()
+
+
+class TestCommandLine:
+    @pytest.fixture
+    def folder(self, language, tmp_path):
+        """The text tasks in a folder, as --tasks wants them."""
+        entries = []
+        for task in language[1]:
+            (tmp_path / f"{task.name}.txt").write_text(task.train_texts[0], encoding="utf-8")
+            entries.append({"name": task.name, "descriptions": task.descriptions, "train": f"{task.name}.txt", "test": None})
+        for name, part in (("train", entries[:3]), ("other", entries[3:])):
+            (tmp_path / name).mkdir()
+            for entry in part:
+                (tmp_path / f"{entry['name']}.txt").rename(tmp_path / name / f"{entry['name']}.txt")
+            (tmp_path / name / "tasks.json").write_text(json.dumps({"tasks": part}))
+        return tmp_path
+
+    def test_train_and_adapt(self, language, folder, capsys):
+        base, out = str(language[0]), str(folder / "generator")
+        train = [
+            "train",
+            "--objective",
+            "task",
+            "--tasks",
+            str(folder / "train"),
+            "--eval-tasks",
+            str(folder / "other"),
+            "--base-model",
+            base,
+        ]
+        train += ["--encoder", f"statistics:{base}", "-o", out, "--max-steps", "10", "--block-size", "32", "--batch-size", "6"]
+        train += ["--latent-size", "4", "--hidden-size", "16", "--num-components", "8", "--json"]
+        assert main(train) == 0
+        figures = json.loads(capsys.readouterr().out)
+        assert figures["loss"] < figures["base_loss"] + 0.5 and set(figures) == {"generator", "loss", "shared_loss", "base_loss"}
+        assert main([*train, "--resume", "--max-steps", "12"]) == 0
+        capsys.readouterr()
+        adapt = [
+            "adapt",
+            out,
+            "--tasks",
+            str(folder / "other"),
+            "-o",
+            str(folder / "adapters"),
+            "--block-size",
+            "32",
+            "--steps",
+            "4",
+            "--json",
+        ]
+        assert main(adapt) == 0
+        made = json.loads(capsys.readouterr().out)["adapters"]
+        assert list(made) == ["letters"]
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), made["letters"])
+        assert model.peft_config["default"].r == 2
+        card = str(generator_card(ICMConfig.from_pretrained(out).to_dict(), repo_id="me/tasks", folder=out))
+        assert "without a LoRA of theirs" in card and "examples=[...]" in card and "loss on unseen tasks" in card
+
+    def test_what_is_missing_is_one_line(self, language, folder, capsys):
+        for options, reason in (
+            (["--objective", "task"], "--objective task needs --tasks, --base-model and --encoder"),
+            ([], "COLLECTION is missing: name a folder or a Hub id, or train on tasks with --objective task"),
+        ):
+            assert main(["train", *options, "-o", str(folder / "x")]) == 2
+            assert reason in capsys.readouterr().err
+
+    def test_a_generator_of_another_objective_has_no_prior(self, folder, capsys):
+        assert main(["adapt", "bundled:text", "--tasks", str(folder / "other"), "-o", str(folder / "y"), "--block-size", "32"]) == 2
+        assert "was not trained with objective='task'" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from ..evaluation.report import VARIANTS, Report
 from ..evaluation.text import Evaluation
 from ..generator.modeling_icm import ICMGenerator
 from ..tasks import load_tasks
+from ..tasks.annotated_images import crops
 from ..tasks.detection import detect
 
 SENTENCES = {"text": "continue a Shakespeare play", "detection": "detect sofas"}
@@ -35,6 +36,7 @@ CHARACTERS = 2000  # of a held-out text that the short table is scored on
 OPENING = 200  # characters of a held-out play that are continued
 NEW_TOKENS = 60
 SHOWN = 3  # pictures on the sheet
+UNSEEN_PICTURES = 8  # of a class that no LoRA was trained for
 PICTURES = 4  # with the class, and as many without, that the short table is scored on
 SEEDS = (0, 1, 2)  # of z; the short table takes the first
 BATCH = {"text": 4, "detection": 32}
@@ -55,7 +57,8 @@ def run_demo(output: str | Path, task: str = "text", *, full: bool = False, quie
     Returns:
         `dict`: [`Evaluation.to_dict`] or [`DetectionEvaluation.to_dict`]; under `adapter` the folder written. For text under `opening` the
         beginning of a held-out text and under `continued` how `base` and `generated` go on. For detection under `picture` the drawing of
-        what base, own LoRA and generated adapter find, and under `shown` their boxes and AP50 in it.
+        what base, own LoRA and generated adapter find, and under `shown` their boxes and AP50 in it; under `unseen` the same of
+        classes that no LoRA was trained for.
     """
     say: Say = (lambda _: None) if quiet else partial(print, flush=True)
     bundle, folder, sentence = bundled_folder(task), Path(output), SENTENCES[task]
@@ -76,6 +79,7 @@ def run_demo(output: str | Path, task: str = "text", *, full: bool = False, quie
     else:
         kind = DetectionEvaluation
         more = _find(generator, model, processor, tasks["sofa"], own["sofa"], folder.resolve() / "detections.png", say)
+        more["unseen"] = _find_unseen(processor, folder.resolve() / "unseen.png", say)
     chosen, where = (_all_tasks if full else _few_tasks)(task, tasks)
     say(f"\n{where}:\n")
     if not full:
@@ -168,3 +172,29 @@ def _find(
     precisions = ", ".join(f"{name} {found['map_50']:.2f}" for name, found in shown.items())
     say(f"AP50 on the {SHOWN} pictures drawn in {picture}: {precisions}")
     return {"picture": str(picture), "shown": shown}
+
+
+def _find_unseen(processor: Any, picture: Path, say: Say) -> dict[str, Any]:
+    """A class that no LoRA was trained for, found after a look at pictures of it; boxes drawn, AP50 of each bundled class of that kind."""
+    bundle = bundled_folder("open")
+    generator = ICMGenerator.from_pretrained(bundle / "generator")
+    tasks: Any = load_tasks(bundle / "tasks")
+    precisions: dict[str, dict[str, float]] = {}
+    say(f"\nNow classes that nothing was trained on, each shown in {UNSEEN_PICTURES} pictures (AP50 of base, generated):")
+    for task in tasks:
+        pictures = crops(task.train_images, task.label, UNSEEN_PICTURES)
+        model = generator.generate_adapter(images=pictures, generator=torch.Generator().manual_seed(SEEDS[0]))
+        found = {"generated": detect(model, processor, task.test_images, progress=False)}
+        with model.disable_adapter():
+            found["base"] = detect(model, processor, task.test_images, progress=False)
+        for one in (*found["generated"], *found["base"]):
+            one["labels"] = [task.label if label == task.answer else label for label in one["labels"]]
+        precisions[task.name] = {
+            name: round(class_precision(each, task.test_images, task.label)["map_50"], 4) for name, each in found.items()
+        }
+        say(f"{task.name:14}{precisions[task.name]['base']:>9.2f}{precisions[task.name]['generated']:>9.2f}")
+        if task is tasks[0]:
+            rows = [index for index, image in enumerate(task.test_images) if task.label in image.labels][:SHOWN]
+            titles = {name: [found[name][row] for row in rows] for name in ("base", "generated")}
+            plot_detections([task.test_images[row] for row in rows], titles, picture, label=task.label)
+    return {"picture": str(picture), "map_50": precisions}
