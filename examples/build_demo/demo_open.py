@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from demo_bundle import BUNDLED, bundled_size
 from demo_detector import SCENE, STEP
-from demo_scenes import TEST_STYLES, Icon, Icons, photographs, scenes, write_coco
+from demo_scenes import COLOUR_STYLES, GLYPH_STYLES, TEST_STYLES, Icon, Icons, photographs, scenes, write_coco
 from peft import LoraConfig
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -88,6 +88,35 @@ def open_task(noun: str, images: list[AnnotatedImage]) -> DetectionTask:
     positive = [image for image in images if noun in image.labels]
     negative = [image for image in images if noun not in image.labels]
     return DetectionTask(noun, [f"detect {spoken(noun)}"], noun, images, positive + negative[: len(positive)], answer=ANSWER)
+
+
+class Studio:
+    """Draws scenes of any noun in the styles that are trained on: what a user has of a class to show or to teach it.
+
+    Args:
+        build (`Path`): With icons and photographs.
+    """
+
+    def __init__(self, build: Path):
+        self.icons = Icons(build)
+        self.others = {name: icons for name, icons in self.icons.seen.items() if name not in (*SPLIT["choose"], *SPLIT["tested"])}
+        self.backgrounds = photographs(build, test=False, crops=400, size=SCENE, seed=15)
+
+    def of(self, noun: str) -> list[Icon]:
+        """The noun in the styles that are trained on."""
+        return [icon for style in COLOUR_STYLES + GLYPH_STYLES if (icon := self.icons.draw(style, noun, noun))]
+
+    def draw(self, noun: str, count: int, seed: int) -> list[AnnotatedImage]:
+        """`count` scenes, three of five with the noun."""
+        own = {noun: self.of(noun)}
+        others = {name: icons for name, icons in self.others.items() if name != noun}
+        shown = -(-count * 3 // 5)
+        found: dict[bool, list[AnnotatedImage]] = {True: [], False: []}
+        for scene in scenes(own, self.backgrounds, 10 * count, seed=seed, distractors=others, others=0.5):
+            found[noun in scene.labels].append(AnnotatedImage(scene.picture, [list(box) for box in scene.boxes], scene.labels))
+            if len(found[True]) >= shown and len(found[False]) >= count - shown:
+                break
+        return found[True][:shown] + found[False][: count - shown]
 
 
 class SeenExamples(Dataset[dict[str, Tensor]]):

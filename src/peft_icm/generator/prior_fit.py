@@ -27,6 +27,7 @@ from ..adapters.per_sample import PerSampleLora
 FLOOR = 0.05  # of the root mean square of the deviations: no number is held for good
 CONDITION_RATE = 10.0  # learning rate of task vector and z, as a multiple of that of the adapter
 FOLDS = 4  # parts of the examples that are left out in turn, to tell when to stop
+BATCH = 16  # examples in a step; of those that only tell when to stop half as many
 EVALUATIONS = 12  # in the course of a run
 
 
@@ -152,11 +153,11 @@ def fit_examples(
     draw = torch.Generator().manual_seed(seed)
     part = torch.randperm(count, generator=draw) % folds
     seen = [torch.nonzero(part != fold)[:, 0] for fold in range(folds)] + [torch.arange(count)]
-    batch = min(16, count)
+    sizes = [min(BATCH if fold == folds else BATCH // 2, len(own)) for fold, own in enumerate(seen)]
     pairs = []
     for _ in range(steps):
         for fold, own in enumerate(seen):
-            pairs += [(fold, int(own[index])) for index in torch.randint(len(own), (batch,), generator=draw)]
+            pairs += [(fold, int(own[index])) for index in torch.randperm(len(own), generator=draw)[: sizes[fold]]]
     left_out = [(int(part[example]), example) for example in range(count)]
     with PerSampleLora(base, generator.layout) as lora, tempfile.TemporaryDirectory() as scratch, _frozen(generator.network):
         counts = torch.tensor([len(own) for own in seen])
@@ -164,7 +165,7 @@ def fit_examples(
         arguments = TrainingArguments(
             output_dir=scratch,
             max_steps=steps,
-            per_device_train_batch_size=batch * len(seen),
+            per_device_train_batch_size=sum(sizes),
             per_device_eval_batch_size=64,
             eval_strategy="steps",
             eval_steps=max(1, steps // EVALUATIONS),
