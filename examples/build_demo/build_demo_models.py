@@ -23,6 +23,8 @@ Detection (a Florence-2 and 14 classes; resvg-py draws the icons):
     detection-collect    detection_collection/: one LoRA for each of 14 classes
     detection-generator  detection_generator/: the ICMGenerator, conditioned on sentences and pictures
     detection-bundle     src/peft_icm/bundled/detection/ and bundled/encoder/
+A world of language, for adapters of tasks that were never trained:
+    language-fetch       language/tasks.json, language/<task>.train.txt, language/<task>.test.txt: 647 related texts
 
 `reproduction_data.py` fetches by the same stages what `peft-icm reproduce` needs.
 """
@@ -35,6 +37,7 @@ from pathlib import Path
 
 import demo_detection
 import demo_detector
+import demo_language
 import demo_scenes
 import demo_text
 
@@ -60,6 +63,7 @@ STAGES: dict[str, Callable[[Path], None]] = {
     "detection-collect": demo_detection.collect_loras,
     "detection-generator": demo_detection.generator,
     "detection-bundle": demo_detection.bundle,
+    "language-fetch": demo_language.fetch,
 }
 
 

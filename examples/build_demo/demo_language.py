@@ -1,4 +1,4 @@
-"""The stage that fetches a world of language: hundreds of related texts in 78 languages and 20 programming languages and formats.
+"""The stage that fetches a world of language: 647 related texts in 78 natural languages, 18 programming languages and some 40 formats.
 
 A task is a kind of text in a language (messages of GNOME in Danish, man pages in Polish), a library's source in a programming language,
 or a data format. `language_world.json` lists languages, kinds of text and sources with pinned packages and their licences;
@@ -91,6 +91,11 @@ def world() -> dict[str, Any]:
     return json.loads((Path(__file__).parent / "language_world.json").read_text(encoding="utf-8"))
 
 
+def split() -> dict[str, Any]:
+    """What `language_split.json` holds: names of tasks under `train`, and under `choose` and `unseen` by what is new about them."""
+    return json.loads((Path(__file__).parent / "language_split.json").read_text(encoding="utf-8"))
+
+
 def _tasks(root: Path, known: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Callable[[], Iterator[str]]]]:
     """Every task that there may be: what is written of it, and what yields its documents."""
     for genre, kind in known["genres"].items():
@@ -121,7 +126,7 @@ def _tasks(root: Path, known: dict[str, Any]) -> Iterator[tuple[dict[str, Any], 
                 for path in _files(root / package, source["files"], without=r"/(?:icons|fonts)/|\.min\."):
                     yield _read(path)
 
-        yield {**entry, "packages": source["packages"], "licence": source.get("licence", "")}, documents
+        yield {**entry, "packages": source["packages"], "licence": source["licence"]}, documents
 
 
 def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
@@ -166,6 +171,10 @@ def fetch(build: Path) -> None:
             os.replace(temporary, text / files[name])
         tasks.append({"name": entry["name"], "descriptions": entry["descriptions"], **files})
         sources.append({**entry, "train_bytes": sizes[0], "test_bytes": sizes[1], "train_documents": len(train)})
+    known_split = split()
+    named = {*known_split["train"], *(name for part in ("choose", "unseen") for names in known_split[part].values() for name in names)}
+    if missing := sorted(named - {task["name"] for task in tasks}):
+        raise RuntimeError(f"language_split.json names tasks that these packages do not hold: {', '.join(missing[:10])}.")
     write_json({"tasks": tasks}, text / "tasks.json")
     write_json(sources, text / "sources.json")
     print(f"{len(tasks)} tasks, {sum(source['train_bytes'] for source in sources):,} bytes to train on")
