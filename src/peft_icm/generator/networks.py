@@ -234,7 +234,7 @@ class DirectNetwork(nn.Module):
         inputs = config.latent_size + config.projected_dim
         self.center = nn.Parameter(torch.zeros(size))
         self.basis = nn.Parameter(torch.randn(rank, size) * self.STARTING_DEVIATION)
-        self.encoder = ResidualMLP(rank + config.projected_dim, hidden, 2 * config.latent_size)
+        self.encoder = ResidualMLP(rank + config.projected_dim, rank, 2 * config.latent_size)
         self.register_buffer("spread", torch.zeros(rank, rank))
         self.register_buffer("prior_strength", torch.ones(()))
         steps = (nn.Linear(inputs, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden))

@@ -1,0 +1,61 @@
+"""The bundled open world: classes that nothing was trained on are found after a look at pictures of them."""
+
+import json
+
+import pytest
+from transformers import AutoProcessor
+
+from peft_icm import ICMGenerator, bundled_generator, detect
+from peft_icm.bundled import BUNDLES, bundled_folder
+from peft_icm.evaluation.detection import class_precision
+from peft_icm.tasks import load_tasks
+from peft_icm.tasks.annotated_images import crops
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return ICMGenerator.from_pretrained(bundled_generator("open"))
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return load_tasks(bundled_folder("open") / "tasks")
+
+
+def score(model, processor, task):
+    found = detect(model, processor, task.test_images, progress=False)
+    for one in found:
+        one["labels"] = [task.label if label == task.answer else label for label in one["labels"]]
+    return class_precision(found, task.test_images, task.label)["map_50"]
+
+
+def test_unseen_classes_are_found_from_pictures_and_not_from_those_of_another_class(generator, tasks):
+    assert not {task.name for task in tasks} & {task["name"] for task in generator.config.tasks}, "nothing was trained on them"
+    model = generator.generate_adapter(images=crops(tasks[0].train_images, tasks[0].label, 8), temperature=0.0)
+    processor = AutoProcessor.from_pretrained(model.get_base_model().name_or_path)
+    right, wrong = [], []
+    for task, other in zip(tasks, [*tasks[1:], tasks[0]], strict=True):
+        for source, scores in ((task, right), (other, wrong)):
+            pictures = crops(source.train_images, source.label, 8)
+            model = generator.generate_adapter(base_model=model, images=pictures, temperature=0.0)
+            scores.append(score(model, processor, task))
+    with model.disable_adapter():
+        assert score(model, processor, tasks[0]) < 0.05, "the base has no name for it"
+    assert sum(right) / len(right) > 0.25
+    assert sum(wrong) < 0.5 * sum(right)
+
+
+def test_it_lies_on_the_base_and_the_encoder_of_the_others(generator):
+    config = json.loads((BUNDLES / "open" / "generator" / "config.json").read_text())
+    folders = {part["folder"] for part in config["encoder"]["parts"].values()}
+    assert folders == {"../../encoder", "../../detection/generator/base_model"}
+    assert not (BUNDLES / "open" / "generator" / "base_model").exists()
+    assert generator.load_base().name_or_path.endswith("detection/generator/base_model")
+    assert generator.encoder.accepts == ("text", "images")
+
+
+def test_a_noun_that_it_was_trained_on_is_heard(generator):
+    one, again, other = (
+        generator.sample(generator.task_vector(text), temperature=0.0)[0] for text in ("detect guitars", "find the guitars", "detect pens")
+    )
+    assert (one - again).norm() < (one - other).norm()
