@@ -1,7 +1,8 @@
 """Adapters for classes that nothing was trained on: the open world of the bundled detector, against everything that could take its place.
 
     python -m benchmarks.unseen --build build conditions     # seen and unseen classes x text, pictures, both x 1, 4, 8 pictures
-    python -m benchmarks.unseen --build build rivals         # own LoRAs, one LoRA for all, nearest class, soup, wrong and random conditions
+    python -m benchmarks.unseen --build build rivals         # one LoRA for all, nearest class, soup, wrong and random conditions
+    python -m benchmarks.unseen --build build own            # LoRAs of their own from 64 and 1,000 annotated scenes
     python -m benchmarks.unseen --build build adapt          # 4, 16, 64 scenes against LoRA from scratch and parts of adapt
 
 `build` is that of examples/build_demo/build_demo_models.py, with the stages up to `open-generator`; `--split choose` takes the classes that
@@ -42,7 +43,7 @@ PICTURES = (1, 4, 8)
 SHOWN = 40  # test scenes of a class at the most, and as many without it
 FEW = (4, 16, 64)
 RATES = (1e-3, 3e-3)
-OWN = ((16, 120), (64, 120), (1000, 400))  # scenes and steps of a LoRA of its own
+OWN, OWN_RATES = ((64, 120), (64, 400), (1000, 400)), (3e-3, 1e-2)  # scenes and steps of a LoRA of its own
 
 
 class World:
@@ -150,9 +151,6 @@ def rivals(world: World, seeds: int) -> dict[str, Any]:
         row["random condition"] = world.score(
             noun, generator.sample(wild + generator.statistics.condition_mean, temperature=0.0)[0].detach()
         )
-        for count, steps in OWN:
-            scores = [world.score(noun, train_lora(world, noun, count, steps, rate)) for rate in RATES]
-            row |= {f"own LoRA, {count} scenes, {rate:g}": score for rate, score in zip(RATES, scores, strict=True)}
         if known:
             here = generator.normalize_condition(generator.task_vector(images=world.pictures(noun, 8))[None])
             there = generator.normalize_condition(torch.stack(list(known.values())))
@@ -161,6 +159,18 @@ def rivals(world: World, seeds: int) -> dict[str, Any]:
             row["nearest tested class"] = world.score(noun, adapters[0])
             row["soup of the 4 nearest"] = world.score(noun, torch.stack(adapters).mean(0))
         rows[noun] = row
+    return rows
+
+
+def own(world: World, seeds: int) -> dict[str, Any]:
+    """AP50 by class of a LoRA of its own, from few and from many annotated scenes, by recipe."""
+    rows: dict[str, Any] = {}
+    for noun in tqdm(world.classes["unseen"], desc="own LoRAs"):
+        rows[noun] = {"8 pictures": world.score(noun, world.sample(images=world.pictures(noun, 8)))}
+        for count, steps in OWN:
+            for rate in OWN_RATES:
+                name = f"{count} scenes, {steps} steps at {rate:g}"
+                rows[noun][name] = world.score(noun, train_lora(world, noun, count, steps, rate))
     return rows
 
 
@@ -185,7 +195,7 @@ def few(world: World, seeds: int) -> dict[str, Any]:
     return rows
 
 
-PARTS = {"conditions": conditions, "rivals": rivals, "adapt": few}
+PARTS = {"conditions": conditions, "rivals": rivals, "own": own, "adapt": few}
 
 
 def main() -> None:
