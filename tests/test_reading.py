@@ -221,6 +221,25 @@ class TestOnUnknown:
             trained[0].layout.flatten(tensors), trained[0].sample(vector, temperature=0.0)[0].to(trained[0].layout.torch_dtype)
         )
 
+    def test_known_requests_lose_their_wording(self, trained):
+        generator = trained[0]
+        means = generator.space.center + generator.space.colour(generator.reader.centers)
+        said = {line: index for index, task in enumerate(TASKS.values()) for line in (task, *phrasings(task, 4, seed=7, held_out=True))}
+        readings = {line: generator.read(line) for line in said}
+        sure = [line for line, reading in readings.items() if reading.known and reading.tasks[reading.task] > 0.99]
+        assert len(sure) >= len(TASKS)
+        settled = generator.reader.settle(generator.space, torch.stack([generator.task_vector(line) for line in sure]))
+        assert torch.allclose(settled, means[[said[line] for line in sure]], atol=0.02)
+        generated = generator.layout.flatten(generator.generate_state_dict(sure[0], temperature=0.0))
+        assert torch.allclose(generated, generator.sample(settled[0], temperature=0.0)[0].to(generated.dtype), atol=1e-4)
+
+    def test_unknown_requests_are_not_settled(self, trained):
+        generator = trained[0]
+        vector = generator.task_vector(UNKNOWN)[None]
+        assert torch.equal(generator.reader.settle(generator.space, vector), vector)
+        reader = Reader(vector.shape[1], len(TASKS))  # without a threshold
+        assert torch.equal(reader.settle(generator.space, vector), vector)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

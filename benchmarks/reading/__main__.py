@@ -3,7 +3,8 @@
     python -m benchmarks.reading choose                 # settings are chosen on these
     python -m benchmarks.reading once                   # these decide, and are used at the end alone
     python -m benchmarks.reading descriptions           # what caution costs on the tasks' own sentences
-    python -m benchmarks.reading once --world text --generator DIR --name text_one_sentence
+    python -m benchmarks.reading once --world text --generator DIR --name text_other
+    python -m benchmarks.reading ablation --build build # text generators of every condition space, and of one sentence a task, on choose
 
 Writes results/SET_NAME.json and .png. `share` is of the own LoRAs' gain (nats per token, AP50) on held-out data; a request that no task
 answers is scored on one task, in turn. "retrieved" is the own LoRA of the task that the same generator heard, under the same threshold.
@@ -22,10 +23,12 @@ from typing import Any
 import torch
 from transformers import AutoProcessor
 
+from benchmarks.paper.results import write_json
+from benchmarks.reading.ablation import ablation
 from peft_icm import AdapterCollection, ICMGenerator
 from peft_icm.bundled import bundled_folder
 from peft_icm.evaluation import DetectionEvaluation, Evaluation
-from peft_icm.evaluation.requests import evaluate_requests
+from peft_icm.evaluation.requests import RequestsReport, evaluate_requests
 from peft_icm.tasks import load_tasks
 
 HERE = Path(__file__).parent
@@ -34,44 +37,54 @@ BATCH = {"text": 8, "detection": 32}
 PASSAGES, PICTURES = 5, 15  # of each task that an adapter is scored on; pictures with the class, and as many without
 
 
+def requests_report(world: str, requests: str, folder: Path, seed: int) -> RequestsReport:
+    """What the generator in a folder makes of one set of requests."""
+    bundle = bundled_folder(world)
+    collection = AdapterCollection.from_pretrained(bundle / "own")
+    processor = AutoProcessor.from_pretrained(bundle / "generator" / "base_model")
+    own = {task: collection.final(task) for task in collection.tasks}
+    tasks: Any = load_tasks(bundle / "tasks")
+    for task in tasks:
+        if world == "text":
+            task.test_texts = task.test_texts[:PASSAGES]
+        else:
+            shown = [image for image in task.test_images if task.label in image.labels]
+            others = [image for image in task.test_images if task.label not in image.labels]
+            task.test_images = shown[:PICTURES] + others[:PICTURES]
+    asked = {"known": {task.name: task.descriptions for task in tasks}, "unknown": []}
+    if requests != "descriptions":
+        asked = json.loads((HERE / f"{requests}.json").read_text(encoding="utf-8"))[world]
+    generator = ICMGenerator.from_pretrained(folder)
+    options = {"seed": seed, "batch_size": BATCH[world]}
+    return evaluate_requests(KINDS[world], generator, processor, tasks, own, asked["known"], asked["unknown"], **options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", choices=("choose", "once", "descriptions"), help="which sentences")
+    parser.add_argument("set", choices=("choose", "once", "descriptions", "ablation"), help="which sentences, or the ablation")
     parser.add_argument("--world", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="which bundles")
     parser.add_argument("--generator", help="a generator in the place of the bundled one")
     parser.add_argument("--name", help="of the results; by default that of the world")
+    parser.add_argument("--build", type=Path, default=Path("build"), help="build area of the ablation, with collection/ and encoder/")
     parser.add_argument("--seed", type=int, default=0, help="of z")
     args = parser.parse_args()
-    written = args.set != "descriptions"
-    requests = json.loads((HERE / f"{args.set}.json").read_text(encoding="utf-8")) if written else {}
+    run = {
+        "command": " ".join(["python -m benchmarks.reading", *sys.argv[1:]]),
+        "seeds": [args.seed],
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{torch.get_num_threads()} threads",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "open_clip_torch")},
+    }
+    if args.set == "ablation":
+        table = ablation(args.build, lambda folder: requests_report("text", "choose", folder, args.seed))
+        file = HERE / "results" / "ablation_text.json"
+        write_json(file, {"run": run, **table.to_dict()})
+        print(f"{file}\n{table.markdown()}", flush=True)
+        return
     for world in args.world:
-        bundle = bundled_folder(world)
-        generator = ICMGenerator.from_pretrained(args.generator or bundle / "generator")
-        collection = AdapterCollection.from_pretrained(bundle / "own")
-        processor = AutoProcessor.from_pretrained(bundle / "generator" / "base_model")
-        own = {task: collection.final(task) for task in collection.tasks}
-        tasks: Any = load_tasks(bundle / "tasks")
-        for task in tasks:
-            if world == "text":
-                task.test_texts = task.test_texts[:PASSAGES]
-            else:
-                shown = [image for image in task.test_images if task.label in image.labels]
-                others = [image for image in task.test_images if task.label not in image.labels]
-                task.test_images = shown[:PICTURES] + others[:PICTURES]
-        asked = requests[world] if written else {"known": {task.name: task.descriptions for task in tasks}, "unknown": []}
-        report = evaluate_requests(
-            KINDS[world], generator, processor, tasks, own, asked["known"], asked["unknown"], seed=args.seed, batch_size=BATCH[world]
-        )
-        run = {
-            "command": " ".join(["python -m benchmarks.reading", *sys.argv[1:]]),
-            "seed": args.seed,
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{torch.get_num_threads()} threads",
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "open_clip_torch")},
-        }
+        report = requests_report(world, args.set, Path(args.generator or bundled_folder(world) / "generator"), args.seed)
         file = HERE / "results" / f"{args.set}_{args.name or world}.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps({"run": run, **report.to_dict()}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(file, {"run": run, **report.to_dict()})
         report.plot(file.with_suffix(".png"))
         print(f"{file}\n{report.table()}", flush=True)
 

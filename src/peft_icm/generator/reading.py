@@ -16,6 +16,7 @@ LEFT_OUT_WEIGHT = 0.25  # of the tasks left out, among what is unknown
 # What a wrong adapter costs, in what the right one gains: on the bundled text world a foreign request 1.0, another task's adapter 3.5.
 # Chosen on the text world's requests in benchmarks/reading/choose.json; see docs/results.md.
 HARM = 1.5
+SURE = 0.9  # probability of a task from which on its wording is left out
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,25 @@ class Reader(nn.Module):
         distances = torch.cdist(space.whiten(conditions), self.centers).square()
         familiarity = (self._features(space, conditions) @ self.weight + self.bias).sigmoid()
         return (-0.5 * distances / self.temperature).softmax(1), familiarity
+
+    @torch.no_grad()
+    def settle(self, space: ConditionSpace, conditions: Tensor) -> Tensor:
+        """The task vectors that requests are answered with: what wording did to them is taken out.
+
+        A request that is taken for known and surely means one task becomes the mean of what it may mean: the tasks' means, weighted by
+        their probabilities. Where no task has a probability of 0.9, it is left alone: a mixture of tasks' means is no better than what was
+        said, on text it is worse.
+
+        Args:
+            space ([`ConditionSpace`]): Fitted.
+            conditions (`Tensor`): `[n, d]` task vectors.
+
+        Returns:
+            `Tensor`: `[n, d]` fp32; an unknown or doubtful one as it was, and all of them where there is no threshold.
+        """
+        probabilities, familiarity = self(space, conditions)
+        sure = (self.threshold >= 0) & (familiarity >= self.threshold) & (probabilities.amax(1) >= SURE)
+        return torch.where(sure[:, None], space.center + space.colour(probabilities @ self.centers), conditions.float())
 
     def _features(self, space: ConditionSpace, conditions: Tensor, left_out: Tensor | None = None) -> Tensor:
         """`[n, 3]`; as if each row's task in `left_out` were not there."""
