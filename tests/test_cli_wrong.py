@@ -33,7 +33,7 @@ class TestWrong:
             ),
             (["generate", "bundled:text", "--image", "EMPTY", "-o", "OUT"], "is no picture that can be opened"),
             (["generate", "bundled:encoder", SENTENCE, "-o", "OUT"], "no bundled generator 'encoder': choose one of"),
-            (["generate", "bundled:nope", SENTENCE, "-o", "OUT"], "no bundled generator 'nope': choose one of detection, text"),
+            (["generate", "bundled:nope", SENTENCE, "-o", "OUT"], "no bundled generator 'nope': choose one of detection, open, text"),
             (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--temperature", "-1"], "temperature=-1.0 must be a finite number >= 0"),
             (["generate", "org/misspelt", SENTENCE, "-o", "OUT"], "org/misspelt"),
             (["generate", "no/such/folder", SENTENCE, "-o", "OUT"], "no/such/folder"),
@@ -44,7 +44,7 @@ class TestWrong:
             (["train", "EMPTY", "-o", "OUT"], "no adapter collection"),
             (
                 ["train", "COLLECTION", "-o", "OUT", "--encoder", "bert:x"],
-                "KIND:CHECKPOINT with KIND one of clip, hidden_state, sentence",
+                "KIND:CHECKPOINT with KIND one of clip, hidden_state, joined, sentence, statistics",
             ),
             (["evaluate", "bundled:text", "--tasks", "EMPTY", "--collection", "COLLECTION"], "needs a tasks.json"),
             (["push", "EMPTY", "org/name"], "holds no generator, no adapter and no collection"),

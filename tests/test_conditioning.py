@@ -263,5 +263,5 @@ def test_sentence_is_the_mean_over_the_tokens(tmp_path):
 
 
 def test_an_unknown_kind():
-    with pytest.raises(ValueError, match="Unknown task encoder 'bert': choose one of clip, hidden_state, sentence"):
+    with pytest.raises(ValueError, match="Unknown task encoder 'bert': choose one of clip, hidden_state, joined, sentence, statistics"):
         load_task_encoder({"kind": "bert", "checkpoint": "x"})

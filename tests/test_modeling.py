@@ -212,7 +212,7 @@ def test_truncated_weights_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"architecture": "transformer"}, "architecture='transformer' is unknown: choose one of principal, paper"),
+        ({"architecture": "transformer"}, "architecture='transformer' is unknown: choose one of principal, direct, paper"),
         ({"latent_size": 0}, "latent_size=0 must be at least 1"),
         ({"kl_weight": -1.0}, "kl_weight=-1.0 must not be negative"),
     ],

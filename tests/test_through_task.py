@@ -91,7 +91,7 @@ class TestTraining:
         after = run.evaluate()
         assert after["eval_unseen_base_loss"] == pytest.approx(before["eval_unseen_base_loss"])
         assert before["eval_unseen_loss"] == pytest.approx(before["eval_unseen_base_loss"], rel=0.02), "it starts at the base"
-        assert after["eval_unseen_loss"] < before["eval_unseen_loss"] - 0.05
+        assert after["eval_unseen_loss"] < before["eval_unseen_loss"] - 0.02
         assert after["eval_unseen_gain"] == pytest.approx(after["eval_unseen_shared_loss"] - after["eval_unseen_loss"])
         facts = run.generator.config.training
         assert facts["objective"] == "task" and facts["tasks"] == 3 and len(facts["metrics"]) == 3
