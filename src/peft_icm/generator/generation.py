@@ -188,7 +188,7 @@ class AdapterMixin(RequestsMixin):
             raise ValueError(f"generator={generator!r} must be one torch.Generator: one adapter is generated.")
         condition = self.task_vector(text, **task)
         if task.get("task_vector") is None:
-            strength = self._strength(condition, text, on_unknown, strength)
+            condition, strength = self._answer(condition, text, on_unknown, strength)
         return scaled(self.layout.unflatten(self._finite(self.sample(condition, 1, generator, temperature))[0]), strength), strength
 
     def _finite(self, samples: Tensor) -> Tensor:
@@ -284,9 +284,8 @@ class AdapterMixin(RequestsMixin):
         if len(names) != len(texts) or len(set(names)) != len(names):
             raise ValueError(f"Expected {len(texts)} different adapter names, found {names}.")
         check_request(on_unknown, strength)
-        vectors = torch.stack([self.task_vector(text) for text in texts])
-        strengths = [self._strength(vector, text, on_unknown, strength) for vector, text in zip(vectors, texts, strict=True)]
-        samples = self._finite(self.sample(vectors, 1, generator, temperature))
+        vectors, strengths = zip(*[self._answer(self.task_vector(text), text, on_unknown, strength) for text in texts], strict=True)
+        samples = self._finite(self.sample(torch.stack(vectors), 1, generator, temperature))
         model = self._base_for(base_model, base_model_kwargs)
         generators = generator if isinstance(generator, Sequence) else [generator] * len(names)
         with unchanged_on_failure(model):

@@ -116,28 +116,30 @@ class RequestsMixin:
         distances = (self.context.conditions.float() - self._condition(vector[None]).float()).square().sum(1)
         return (-distances / distances.mean().clamp(min=1e-12) * 4).softmax(0)
 
-    def _strength(self, vector: Tensor, text: str | None, on_unknown: str, strength: float) -> float:
-        """The factor on dW that a request gets; warns or raises as `on_unknown` says."""
+    def _answer(self, vector: Tensor, text: str | None, on_unknown: str, strength: float) -> tuple[Tensor, float]:
+        """The task vector that a request is answered with, and the factor on dW; warns or raises as `on_unknown` says."""
         if self.reader is None and (on_unknown == "warn" or not self.config.tasks):
-            return strength
+            return vector, strength
         reading = self._read(vector)
+        if self.reader is not None and self.space is not None:
+            vector = self.reader.settle(self.space, vector[None].to(self.reader.means.device))[0]
         request = f"{text!r}" if text is not None else "This request"
         nearest = f"{reading.task} ({reading.description!r}, {reading.confidence:.2f})"
         heard = f"{request} is none of this generator's tasks: the nearest is {nearest}"
         if on_unknown == "shrink":
-            return strength * reading.worth
+            return vector, strength * reading.worth
         if reading.known:
-            return strength
+            return vector, strength
         if on_unknown == "raise":
             raise UnknownTaskError(f"{heard}. Ask for one of its tasks, or pass on_unknown='warn', 'shrink' or 'base'.")
         if on_unknown == "base":
-            return 0.0
+            return vector, 0.0
         warnings.warn(
             f"{heard}, and its adapter may do harm. on_unknown= 'shrink', 'base' or 'raise' do something else.",
             UnknownTaskWarning,
             stacklevel=4,
         )
-        return strength
+        return vector, strength
 
 
 def check_request(on_unknown: str, strength: float) -> None:
