@@ -13,7 +13,7 @@ from peft_icm.bundled import bundled_encoder
 from peft_icm.conditioning import ClipEncoder
 from peft_icm.conditioning.phrasings import phrasings
 from peft_icm.generator.condition_space import SPACES, ConditionSpace, projected_dim
-from peft_icm.generator.reading import HARM, Reader, Reading
+from peft_icm.generator.reading import HARM, SURE, Reader, Reading
 from peft_icm.training.conditions import training_conditions
 
 TASKS = {"horses": "detect horses", "sonnets": "write sonnets", "contracts": "summarise legal contracts", "pizzas": "find pizzas"}
@@ -221,22 +221,24 @@ class TestOnUnknown:
             trained[0].layout.flatten(tensors), trained[0].sample(vector, temperature=0.0)[0].to(trained[0].layout.torch_dtype)
         )
 
-    def test_known_requests_lose_their_wording(self, trained):
+    def test_sure_requests_lose_their_wording(self, trained):
         generator = trained[0]
         means = generator.space.center + generator.space.colour(generator.reader.centers)
         said = {line: index for index, task in enumerate(TASKS.values()) for line in (task, *phrasings(task, 4, seed=7, held_out=True))}
         readings = {line: generator.read(line) for line in said}
-        sure = [line for line, reading in readings.items() if reading.known and reading.tasks[reading.task] > 0.99]
+        sure = [line for line, reading in readings.items() if reading.known and reading.tasks[reading.task] >= SURE]
         assert len(sure) >= len(TASKS)
         settled = generator.reader.settle(generator.space, torch.stack([generator.task_vector(line) for line in sure]))
-        assert torch.allclose(settled, means[[said[line] for line in sure]], atol=0.02)
+        assert torch.allclose(settled, means[[said[line] for line in sure]], atol=1e-5)
         generated = generator.layout.flatten(generator.generate_state_dict(sure[0], temperature=0.0))
         assert torch.allclose(generated, generator.sample(settled[0], temperature=0.0)[0].to(generated.dtype), atol=1e-4)
 
-    def test_unknown_requests_are_not_settled(self, trained):
+    def test_unknown_and_doubtful_requests_stay_as_they_are(self, trained):
         generator = trained[0]
         vector = generator.task_vector(UNKNOWN)[None]
         assert torch.equal(generator.reader.settle(generator.space, vector), vector)
+        between = generator.space.center + generator.space.colour(generator.reader.centers[:2].mean(0))[None]  # two tasks are as probable
+        assert torch.equal(generator.reader.settle(generator.space, between), between)
         reader = Reader(vector.shape[1], len(TASKS))  # without a threshold
         assert torch.equal(reader.settle(generator.space, vector), vector)
 

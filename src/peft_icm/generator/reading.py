@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .condition_space import ConditionSpace, task_means
 
 MISSED = 0.05  # of the held-out phrasings of its own tasks, the share that a generator may take for unknown
+SURE = 0.9  # probability of a task from which its mean is decoded; of 0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, see docs/results.md
 LEFT_OUT_WEIGHT = 0.25  # of the tasks left out, among what is unknown
 # What a wrong adapter costs, in what the right one gains: on the bundled text world a foreign request 1.0, another task's adapter 3.5.
 # Chosen on the text world's requests in benchmarks/reading/choose.json; see docs/results.md.
@@ -158,22 +159,22 @@ class Reader(nn.Module):
 
     @torch.no_grad()
     def settle(self, space: ConditionSpace, conditions: Tensor) -> Tensor:
-        """The task vectors that requests are answered with: what wording did to them is taken out.
+        """The task vectors that requests are answered with: what wording did to them is taken out where the task is beyond doubt.
 
-        A request that is taken for known and surely means one task becomes the mean of what it may mean: the tasks' means, weighted by
-        their probabilities. Where no task has a probability of 0.9, it is left alone: a mixture of tasks' means is no better than what was
-        said, on text it is worse.
+        A known request that means one task with a probability of 0.9 or more (`SURE`) becomes that task's mean. In doubt it stays what it
+        was: the network's own way between tasks does less harm than the wrong task's mean.
 
         Args:
             space ([`ConditionSpace`]): Fitted.
             conditions (`Tensor`): `[n, d]` task vectors.
 
         Returns:
-            `Tensor`: `[n, d]` fp32; an unknown or doubtful one as it was, and all of them where there is no threshold.
+            `Tensor`: `[n, d]` fp32; all of them as they were where there is no threshold.
         """
         probabilities, familiarity = self(space, conditions)
-        sure = (self.threshold >= 0) & (familiarity >= self.threshold) & (probabilities.amax(1) >= SURE)
-        return torch.where(sure[:, None], space.center + space.colour(probabilities @ self.centers), conditions.float())
+        best, task = probabilities.max(1)
+        sure = (self.threshold >= 0) & (familiarity >= self.threshold) & (best >= SURE)
+        return torch.where(sure[:, None], space.center + space.colour(self.centers[task]), conditions.float())
 
     def _features(self, space: ConditionSpace, conditions: Tensor, left_out: Tensor | None = None) -> Tensor:
         """`[n, 3]`; as if each row's task in `left_out` were not there."""
