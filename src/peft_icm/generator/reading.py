@@ -17,7 +17,6 @@ LEFT_OUT_WEIGHT = 0.25  # of the tasks left out, among what is unknown
 # What a wrong adapter costs, in what the right one gains: on the bundled text world a foreign request 1.0, another task's adapter 3.5.
 # Chosen on the text world's requests in benchmarks/reading/choose.json; see docs/results.md.
 HARM = 1.5
-SURE = 0.9  # probability of a task from which on its wording is left out
 
 
 @dataclass(frozen=True)
