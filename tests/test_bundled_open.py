@@ -45,6 +45,14 @@ def test_unseen_classes_are_found_from_pictures_and_not_from_those_of_another_cl
     assert sum(wrong) < 0.5 * sum(right)
 
 
+def test_it_learns_from_a_few_scenes(generator, tasks):
+    task = tasks[1]
+    processor = AutoProcessor.from_pretrained(generator.load_base().name_or_path)
+    examples = task.train_dataset(processor, location_step=20, negatives=1.0)
+    model = generator.adapt(labelled=examples, images=crops(task.train_images, task.label, 8), steps=12)
+    assert score(model, processor, task) > 0.25
+
+
 def test_it_lies_on_the_base_and_the_encoder_of_the_others(generator):
     config = json.loads((BUNDLES / "open" / "generator" / "config.json").read_text())
     folders = {part["folder"] for part in config["encoder"]["parts"].values()}

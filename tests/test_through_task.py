@@ -173,8 +173,11 @@ class TestWrong:
             arguments(tmp_path, objective="loss")
 
     def test_examples_of_another_modality(self, language, detection, tmp_path):
-        with pytest.raises(ValueError, match="'red' has nothing that the statistics encoder reads, examples"):
+        with pytest.raises(ValueError, match=r"Task 'red' has pictures, the base .* reads texts: take another base"):
             trainer(language, tmp_path, tasks=detection[1][:2])
+        seen = StatisticsEncoder.from_pretrained(str(detection[0]))
+        with pytest.raises(ValueError, match="'sonnets' has nothing that the statistics encoder reads, images"):
+            trainer(language, tmp_path, encoder=seen)
 
     def test_targets_that_are_no_linear_layers(self, detection, tmp_path):
         base, tasks, _, data = detection

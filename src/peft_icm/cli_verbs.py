@@ -244,7 +244,7 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
     generator = load_generator(args.generator, revision=args.revision, token=args.token)
     heard = _hear(args, generator)
     if heard is None:
-        raise ValueError(f"{args.generator} names no tasks in its config: it cannot tell what it hears.")
+        raise ValueError(f"{args.generator} names no tasks, or has neither a condition space nor a context to tell them apart by.")
     for name, probability in list(heard["tasks"].items())[: args.top]:
         say(args, f"{name:24} {probability:5.2f} {'#' * round(40 * probability)}")
     threshold = heard["threshold"]
@@ -257,8 +257,9 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _hear(args: argparse.Namespace, generator: ICMGenerator) -> dict[str, Any] | None:
-    """What `read` returns of a request, after one line that says it; `None` where the generator names no tasks."""
-    if not generator.config.tasks:
+    """What `read` returns of a request, after one line that says it; `None` where the generator cannot tell its tasks apart."""
+    alike = generator.reader is None and generator.context is None and len(generator.config.tasks or []) > 1
+    if not generator.config.tasks or alike:
         return None
     reading = generator.read(args.text, examples=args.example, images=args.image)
     say(args, f"{reading}: {reading.description}")

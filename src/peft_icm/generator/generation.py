@@ -382,7 +382,7 @@ class AdapterMixin(RequestsMixin):
         # Generators on this machine may share an encoder that lies beside them, as the bundled ones do; its hash is checked.
         encoder = self.config.encoder or {}
         shared = [encoder.get("folder"), *(part.get("folder") for part in encoder.get("parts", {}).values())]
-        return own / folder if folder in shared else inside(own, folder)
+        return Path(os.path.normpath(own / folder)) if folder in shared else inside(own, folder)
 
 
 def _words(text: str) -> str:

@@ -73,7 +73,7 @@ class PriorFit(nn.Module):
     def adapters(self) -> Tensor:
         """`[F, P]`, in their own units."""
         generator, _, _ = self._lent
-        decoded = generator.network.decode(self.latent, self.condition)
+        decoded = generator.network.decode(self.latent.to(generator.dtype), self.condition.to(generator.dtype))
         return generator.statistics.denormalize(decoded) + self.change
 
     def forward(self, fold: Tensor, **inputs: Tensor) -> dict[str, Tensor]:

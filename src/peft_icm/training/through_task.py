@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from transformers import AutoConfig, AutoProcessor, EvalPrediction, PreTrainedModel, Trainer
+from transformers import AutoConfig, AutoProcessor, EvalPrediction, PreTrainedModel, ProcessorMixin, Trainer
 
 from ..adapters.base import base_class
 from ..adapters.examples import collate, example_losses
@@ -23,6 +23,7 @@ from ..conditioning import TaskEncoder
 from ..generator.configuration_icm import ICMConfig
 from ..generator.modeling_icm import ICMGenerator
 from ..generator.networks import DirectNetwork
+from ..tasks.detection import DetectionTask
 from .arguments import ICMTrainingArguments
 from .conditions import task_conditions
 from .episodes import seeded
@@ -151,6 +152,10 @@ class ThroughTask:
             raise ValueError(f"Tasks need different names, held-out ones too, found {sorted(names)}.")
         self.base = base_model if isinstance(base_model, PreTrainedModel) else _load(str(base_model))
         processor = processor or AutoProcessor.from_pretrained(self.base.name_or_path, trust_remote_code=False)
+        for task in (*tasks, *eval_tasks):
+            if isinstance(task, DetectionTask) != isinstance(processor, ProcessorMixin):
+                has, reads = ("pictures", "texts") if isinstance(task, DetectionTask) else ("texts", "pictures")
+                raise ValueError(f"Task {task.name!r} has {has}, the base {self.base.name_or_path} reads {reads}: take another base.")
         vectors = [task_conditions(task, encoder, args.phrasings, args.seed) for task in self.tasks]
         if isinstance(model, ICMGenerator):
             self.generator = model
