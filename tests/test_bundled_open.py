@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoProcessor
 
 from peft_icm import ICMGenerator, bundled_generator, detect
@@ -60,6 +61,15 @@ def test_it_lies_on_the_base_and_the_encoder_of_the_others(generator):
     assert not (BUNDLES / "open" / "generator" / "base_model").exists()
     assert generator.load_base().name_or_path.endswith("detection/generator/base_model")
     assert generator.encoder.accepts == ("text", "images")
+
+
+def test_it_travels_with_its_base(generator, tasks, tmp_path):
+    generator.save_pretrained(tmp_path)
+    moved = ICMGenerator.from_pretrained(tmp_path)
+    assert moved.load_base().name_or_path == str(tmp_path / "encoder" / "images")
+    pictures = crops(tasks[0].train_images, tasks[0].label, 2)
+    one, two = (found.generate_state_dict(images=pictures, temperature=0.0) for found in (generator, moved))
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_a_noun_that_it_was_trained_on_is_heard(generator):

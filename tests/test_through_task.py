@@ -11,7 +11,7 @@ from test_training import arguments
 from tiny import TEXTS, florence_processor, florence_reader, llama, tokenizer
 from transformers import AutoModelForCausalLM
 
-from peft_icm import ICMConfig, ICMGenerator, ICMTrainer
+from peft_icm import CollectingArguments, ICMConfig, ICMGenerator, ICMTrainer, collect, save_adapter
 from peft_icm.adapters.examples import collate, example_losses
 from peft_icm.cli import main
 from peft_icm.conditioning import HiddenStateEncoder, JoinedEncoder, StatisticsEncoder
@@ -103,7 +103,7 @@ class TestTraining:
         inputs = run.data_collator([sample])
         loss = run.compute_loss(run.model, dict(inputs))
         adapter = run.generator(condition=inputs["condition"], noise=inputs["noise"]).reconstruction[0].detach()
-        run.objective.lora.remove()
+        run.objective.end()
         model = run.generator.generate_adapter(task_vector=sample["condition"], base_model=run.objective.base)
         state = run.generator.layout.unflatten(adapter)
         from peft_icm.adapters import attach
@@ -112,6 +112,33 @@ class TestTraining:
         kept = {name: value for name, value in inputs.items() if name not in ("condition", "noise", "task")}
         with torch.no_grad():
             assert float(model(**kept).loss) == pytest.approx(float(loss), rel=1e-5)
+
+    def test_a_lent_base_computes_what_it_did(self, language, tmp_path):
+        base = AutoModelForCausalLM.from_pretrained(language[0])
+        ids = torch.arange(12).view(3, 4)
+        before = base(input_ids=ids).logits
+        _, tasks, lora, data = language
+        lent = (base, tasks, lora, data)
+        encoder = StatisticsEncoder.from_pretrained(str(language[0]))
+        run = trainer(lent, tmp_path, encoder=encoder, learning_rate=0.1)
+        run.train()
+        assert torch.equal(base(input_ids=ids).logits, before)
+
+    def test_reconstruction_may_come_first(self, language, tmp_path):
+        base, tasks, lora, data = language
+        args = CollectingArguments(str(tmp_path / "loras"), num_train_epochs=3, num_snapshots=3, dataset_kwargs=data)
+        collection = collect(base, tasks[:3], lora, args)
+        encoder = StatisticsEncoder.from_pretrained(str(base))
+        for task in tasks[:3]:
+            collection.task_vectors[task.name] = encoder.encode([task.train_texts[0][:200], task.train_texts[0][200:]])
+        config = ICMConfig(architecture="direct", latent_size=4, hidden_size=16, num_components=8, condition_space="none", context=False)
+        first = ICMTrainer(config, arguments(tmp_path / "a", num_train_epochs=20), collection=collection, encoder=encoder)
+        first.train()
+        assert first.evaluate()["eval_mse"] < 2
+        second = trainer(language, tmp_path / "b", model=first.generator, max_steps=20)
+        before = second.evaluate()["eval_unseen_loss"]
+        second.train()
+        assert second.evaluate()["eval_unseen_loss"] < before
 
     def test_it_goes_on_where_it_was_stopped(self, language, tmp_path):
         whole = trainer(language, tmp_path / "whole")
@@ -240,6 +267,25 @@ class TestAdapting:
         model = generator.adapt(labelled=rows, steps=24, **self.given(world))
         assert type(model).__name__.startswith("PeftModel")
         assert loss(model) < start
+
+    def test_its_card_says_that_it_has_learnt(self, trained, name, tmp_path):
+        generator, world = trained[name]
+        rows = [self.examples(world)[index] for index in range(2)]
+        save_adapter(generator.adapt(labelled=rows, steps=2, **self.given(world)), tmp_path)
+        card = (tmp_path / "README.md").read_text()
+        assert "then fitted to labelled examples" in card and "| fitted to | 2 labelled examples |" in card
+        assert "not trained" not in card and "- generated\n" not in card
+
+    def test_a_loss_that_is_not_finite(self, trained, name):
+        generator, world = trained[name]
+        rows = [self.examples(world)[index] for index in range(2)]
+        given = self.given(world)
+        base = generator.load_base()
+        broken = copy.deepcopy(base)
+        with torch.no_grad():
+            broken.lm_head.weight[0].fill_(torch.nan)
+        with pytest.raises(ValueError, match="The loss of a labelled example is not finite"):
+            generator.adapt(labelled=rows, base_model=broken, **given)
 
     def test_a_heavy_prior_stays_at_the_start(self, trained, name):
         generator, world = trained[name]

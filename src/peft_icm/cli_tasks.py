@@ -61,6 +61,7 @@ def adapt(args: argparse.Namespace) -> dict[str, Any]:
     from .tasks import load_tasks
     from .tasks.annotated_images import crops
     from .tasks.detection import DetectionTask
+    from .training.conditions import EXCERPTS, excerpts
 
     generator = cli_verbs.load_generator(args.generator, token=args.token)
     tasks = load_tasks(args.tasks)
@@ -72,8 +73,8 @@ def adapt(args: argparse.Namespace) -> dict[str, Any]:
         if isinstance(task, DetectionTask):
             given["images"] = crops(task.train_images, task.label, args.pictures)
         elif "examples" in generator.encoder.accepts:
-            given["examples"] = task.train_texts
-        if "text" in generator.encoder.accepts:
+            given["examples"] = excerpts(task.train_texts, EXCERPTS)
+        else:  # of a task that nothing was trained on, words say less than pictures and examples, and beside them they mislead
             given["text"] = task.descriptions[0]
         examples: Any = task.train_dataset(processor, **example_options(args, detection))
         model = generator.adapt(

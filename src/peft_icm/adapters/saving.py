@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from ..disk import replacing_folder
-from ..hub.cards import CHANGED, FACTS, GENERATED, adapter_card
+from ..hub.cards import ADAPTED, CHANGED, FACTS, GENERATED, adapter_card
 from ..hub.files import CARD, copy_base, edited_by_hand, marked, published, push_folder
 from .attach import PROVENANCE
 from .layout import AdapterLayout
@@ -87,7 +87,7 @@ def _card_by_hand(card: Path, sha256: str) -> bytes | None:
     written_for = _SHA256.search(text)
     if written_for and written_for.group(1) != sha256:
         warnings.warn(f"{card} was edited by hand, and is kept, but it was written for other weights: look it through.", stacklevel=3)
-        text = text.replace(GENERATED, CHANGED)
+        text = text.replace(GENERATED, CHANGED).replace(ADAPTED, CHANGED)
     return text.encode(errors="surrogateescape")
 
 

@@ -149,14 +149,6 @@ class ICMGenerator(AdaptingMixin, SavedModel):
             return self.space.center
         return torch.zeros_like(self.statistics.condition_mean) if self.statistics.each else self.statistics.condition_mean
 
-    def condition_noise(self, noise: Tensor, condition: Tensor) -> Tensor:
-        """Standard normal noise `[d]` in the units of task vectors: what wording does to them, or their spread over all tasks; none where
-        `condition` `[d]` says nothing."""
-        if self.space is not None:
-            return self.space.colour(noise)
-        noise = noise * self.statistics.condition_std
-        return noise * (condition != 0) if self.statistics.each else noise
-
     def _decode(self, z: Tensor, v: Tensor, hidden_tasks: Tensor | None = None) -> Tensor:
         """`[B, k]`, normalised `[B, d]` -> normalised `[B, P]`, fp32."""
         if self.context is not None:

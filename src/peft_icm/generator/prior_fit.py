@@ -81,6 +81,8 @@ class PriorFit(nn.Module):
         _, base, lora = self._lent
         lora.use(self.adapters()[fold])
         nats, tokens = example_losses(base, inputs)
+        if not nats.detach().isfinite().all():
+            raise ValueError("The loss of a labelled example is not finite: lower learning_rate, or look for NaN in the examples.")
         each = torch.zeros(len(self.counts), device=nats.device)
         fit = each.index_add(0, fold, nats) / each.index_add(0, fold, tokens.float()).clamp(min=1)
         away = (self.change / self.sigma).square().mean(1) + (self.condition - self.start).square().mean(1) + self.latent.square().mean(1)

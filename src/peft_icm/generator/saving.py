@@ -134,6 +134,9 @@ class SavedModel(AdapterMixin, PreTrainedModel):
             self.encoder.save_pretrained(folder / ENCODER_FOLDER)
             # Where this generator found its encoder may be outside of the folder; what is saved has its own.
             changes["encoder"] = {**encoder, "folder": ENCODER_FOLDER}
+            if "parts" in encoder:
+                parts = {name: {**part, "folder": f"{ENCODER_FOLDER}/{name}"} for name, part in encoder["parts"].items()}
+                changes["encoder"]["parts"] = parts
         base = self._local_base(with_base_model)
         if base is not None and with_base_model:
             copy_base(base, folder)

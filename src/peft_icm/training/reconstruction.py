@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ class Reconstruction:
         self.collection, self.args = collection, args
         self.reading: dict[str, Any] = (model.config.training or {}).get("reading", {}) if isinstance(model, ICMGenerator) else {}
         snapshots = [collection.snapshots[task].float() for task in collection.tasks]
-        space = "none" if isinstance(model, ICMGenerator) else condition_space(model, collection)
-        conditions = training_conditions(collection, encoder, args.phrasings, args.seed, threshold=space != "none")
+        reads = not isinstance(model, ICMGenerator) and condition_space(model, collection) != "none"
+        conditions = training_conditions(collection, encoder, args.phrasings, args.seed, threshold=reads)
         vectors = conditions.rows
         held = [held_out_mask(len(part), args.held_out) for part in snapshots]
         train = [part[~mask] for part, mask in zip(snapshots, held, strict=True)]
@@ -67,8 +68,11 @@ class Reconstruction:
         self.train_vectors = torch.stack([part.mean(0) for part in vectors])
         self.center = model.statistics.normalize(torch.cat(train)).mean(0)
         batch, size = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps, model.config.latent_size
-        self.train_dataset = EpisodeDataset(train, vectors, args, size, batch, model.space)
-        self.eval_dataset = EpisodeDataset(test, vectors, args, size, batch, model.space) if any(len(part) for part in test) else None
+        space = copy.deepcopy(model.space)  # samples are made on the CPU, wherever the generator is
+        if space is not None:
+            space.cpu()
+        self.train_dataset = EpisodeDataset(train, vectors, args, size, batch, space)
+        self.eval_dataset = EpisodeDataset(test, vectors, args, size, batch, space) if any(len(part) for part in test) else None
         if self.eval_dataset is None and args.eval_strategy != "no":
             logger.warning("No snapshot is held out (held_out=%g, one snapshot for each task?): nothing is evaluated.", args.held_out)
         self._parts: dict[str, tuple[Tensor, int]] = {}  # sums since the last log, and of how many steps
@@ -98,6 +102,10 @@ class Reconstruction:
         means = {name: round(float(total / count), 4) for name, (total, count) in self._parts.items()}
         self._parts.clear()
         return means
+
+    def end(self) -> None:
+        """The steps since the last log are no part of the next run."""
+        self._parts.clear()
 
     def predict(self, trainer: Trainer, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any, Tensor]:
         """Errors of each held-out snapshot from the posterior, the prior and z = 0."""

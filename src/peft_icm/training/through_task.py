@@ -53,7 +53,12 @@ class TaskEpisodes(Dataset[dict[str, Tensor]]):
         generator: ICMGenerator,
         encoder: TaskEncoder,
     ):
-        self.datasets, self.vectors, self.args, self.generator, self.encoder = datasets, vectors, args, generator, encoder
+        self.datasets, self.vectors, self.args, self.encoder = datasets, vectors, args, encoder
+        self.latent_size, self.no_condition = generator.config.latent_size, generator.no_condition.cpu()
+        # Copies: samples are made on the CPU, wherever the generator is.
+        self.space, self.deviation = copy.deepcopy(generator.space), generator.statistics.condition_std.cpu()
+        if self.space is not None:
+            self.space.cpu()
         self.batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
 
     def __len__(self) -> int:
@@ -62,7 +67,7 @@ class TaskEpisodes(Dataset[dict[str, Tensor]]):
     def __getitem__(self, key: Key) -> dict[str, Tensor]:
         epoch, position, task = key
         draw = seeded(self.args.seed, epoch, "task", position)
-        noise = torch.randn(self.generator.config.latent_size, generator=draw)
+        noise = torch.randn(self.latent_size, generator=draw)
         groups = self.vectors[task]
         # Each thing that can be given alone, or all of them: the generator learns to do with what there is.
         chosen = int(torch.randint(len(groups) + (len(groups) > 1), (), generator=draw))
@@ -73,11 +78,11 @@ class TaskEpisodes(Dataset[dict[str, Tensor]]):
         condition = self.encoder.average(torch.cat(rows))
         example = int(torch.randint(len(self.datasets[task]), (), generator=draw)) if epoch >= 0 else position % len(self.datasets[task])
         if epoch >= 0:
-            condition = condition + self.args.condition_noise * self.generator.condition_noise(
-                torch.randn(condition.shape, generator=draw), condition
-            )
+            wording = torch.randn(condition.shape, generator=draw)
+            wording = self.space.colour(wording) if self.space is not None else wording * self.deviation * (condition != 0)
+            condition = condition + self.args.condition_noise * wording
             if torch.rand((), generator=draw) < self.args.condition_dropout:
-                condition = self.generator.no_condition
+                condition = self.no_condition
         return {**self.datasets[task][example], "condition": condition, "noise": noise, "task": torch.tensor(task)}
 
     def fingerprint(self) -> str:
@@ -122,7 +127,7 @@ class ThroughTask:
         args ([`ICMTrainingArguments`]): Of the training.
         tasks (`Sequence[Task]`): What is trained on.
         eval_tasks (`Sequence[Task]`): Tasks that nothing is trained on.
-        base_model (`str`, `Path` or `PreTrainedModel`): The base.
+        base_model (`str`, `Path` or `PreTrainedModel`): The base; a model is lent, and frozen.
         lora_config (`LoraConfig`, *optional*): Of the adapters of a new generator.
         encoder (`TaskEncoder`): Of the task vectors.
         processor (*optional*): Of the base.
@@ -199,6 +204,10 @@ class ThroughTask:
     def logged(self) -> dict[str, float]:
         """Nothing beside the loss."""
         return {}
+
+    def end(self) -> None:
+        """The base is lent: without the adapters of the last batch."""
+        self.lora.use(None)
 
     def loss(self, trainer: Trainer, model: torch.nn.Module, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Any]:
         """Nats per token over the whole batch, those of other processes and accumulated steps included."""

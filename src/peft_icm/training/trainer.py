@@ -192,7 +192,7 @@ class ICMTrainer(Trainer):
         try:
             output = super().train(*args, **kwargs)
         finally:
-            self.objective.logged()  # the steps since the last log are no part of the next run
+            self.objective.end()
             let_others_in(self.args.output_dir or ".")
         metrics = self.evaluate() if self.eval_dataset is not None else {}
         self.generator.config.training = {
