@@ -118,7 +118,7 @@ class TestTraining:
         ids = torch.arange(12).view(3, 4)
         before = base(input_ids=ids).logits
         _, tasks, lora, data = language
-        lent = (base, tasks, lora, data)
+        lent = (base, tasks[:3], lora, data)  # nothing is evaluated, which would end without adapters too
         encoder = StatisticsEncoder.from_pretrained(str(language[0]))
         run = trainer(lent, tmp_path, encoder=encoder, learning_rate=0.1)
         run.train()
