@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from peft_icm import ICMGenerator, bundled_generator, detect
+from peft_icm import ICMGenerator, bundled_generator
 from peft_icm.bundled import BUNDLES, bundled_folder
-from peft_icm.evaluation.detection import class_precision
+from peft_icm.cli import main
+from peft_icm.evaluation.detection import DetectionEvaluation
 from peft_icm.tasks import load_tasks
 from peft_icm.tasks.annotated_images import crops
 
@@ -24,10 +25,7 @@ def tasks():
 
 
 def score(model, processor, task):
-    found = detect(model, processor, task.test_images, progress=False)
-    for one in found:
-        one["labels"] = [task.label if label == task.answer else label for label in one["labels"]]
-    return class_precision(found, task.test_images, task.label)["map_50"]
+    return DetectionEvaluation.score(model, processor, task)["map_50"]
 
 
 def test_unseen_classes_are_found_from_pictures_and_not_from_those_of_another_class(generator, tasks):
@@ -70,6 +68,14 @@ def test_it_travels_with_its_base(generator, tasks, tmp_path):
     pictures = crops(tasks[0].train_images, tasks[0].label, 2)
     one, two = (found.generate_state_dict(images=pictures, temperature=0.0) for found in (generator, moved))
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_it_cannot_tell_what_it_hears_and_says_so(generator, capsys):
+    assert not generator.hears
+    with pytest.raises(ValueError, match="nothing to tell them apart by"):
+        generator.read("detect guitars")
+    assert main(["read", "bundled:open", "detect guitars"]) == 2
+    assert "it cannot tell what it hears" in capsys.readouterr().err
 
 
 def test_a_noun_that_it_was_trained_on_is_heard(generator):

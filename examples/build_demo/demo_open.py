@@ -182,8 +182,6 @@ def open_generator(build: Path) -> None:
         learning_rate=1e-3,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
-        max_grad_norm=1.0,
-        weight_decay=0.0,
         max_handful=8,
         condition_noise=0.3,
         phrasings=PHRASINGS,

@@ -216,7 +216,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         from .generator import modeling_icm  # noqa: F401
 
     generator = load_generator(args.generator, revision=args.revision, token=args.token)
-    heard = _hear(args, generator)
+    heard = _hear(args, generator) if generator.hears else None
     with _one_line_warnings():
         model = generator.generate_adapter(
             args.text,
@@ -243,8 +243,6 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
 
     generator = load_generator(args.generator, revision=args.revision, token=args.token)
     heard = _hear(args, generator)
-    if heard is None:
-        raise ValueError(f"{args.generator} names no tasks, or has neither a condition space nor a context to tell them apart by.")
     for name, probability in list(heard["tasks"].items())[: args.top]:
         say(args, f"{name:24} {probability:5.2f} {'#' * round(40 * probability)}")
     threshold = heard["threshold"]
@@ -256,11 +254,8 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
     return heard
 
 
-def _hear(args: argparse.Namespace, generator: ICMGenerator) -> dict[str, Any] | None:
-    """What `read` returns of a request, after one line that says it; `None` where the generator cannot tell its tasks apart."""
-    alike = generator.reader is None and generator.context is None and len(generator.config.tasks or []) > 1
-    if not generator.config.tasks or alike:
-        return None
+def _hear(args: argparse.Namespace, generator: ICMGenerator) -> dict[str, Any]:
+    """What `read` returns of a request, after one line that says it."""
     reading = generator.read(args.text, examples=args.example, images=args.image)
     say(args, f"{reading}: {reading.description}")
     return {**asdict(reading), "task": reading.task, "known": reading.known, "confidence": reading.confidence, "worth": reading.worth}

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -70,7 +71,7 @@ class HiddenStateEncoder(TaskEncoder):
             "kind": self.kind,
             "checkpoint": checkpoint,
             "revision": revision,
-            "dim": base.config.get_text_config().hidden_size,
+            "dim": self._width(base.config.get_text_config()),
             "sha256": weights_sha256(base),
             "config_sha256": config_sha256(model=model_parts(base.config), processor=processor_parts(processor)),
         } | ({"prompt": prompt} if sees else {})
@@ -129,15 +130,23 @@ class HiddenStateEncoder(TaskEncoder):
     def _count_tokens(self, texts: list[str]) -> list[int]:
         return [len(ids) for ids in self.processor(texts, verbose=False)["input_ids"]]
 
+    def _width(self, text: PreTrainedConfig) -> int:
+        """d, of a base with this text config."""
+        return text.hidden_size
+
     def _read(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """States `[n, T, d]` of the texts, and where each ends."""
+        layers, mask = self._layers(texts)
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        return layers[-1], (mask * positions).argmax(1)  # right whichever side the padding is on
+
+    def _layers(self, texts: list[str]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """States `[n, T, d]` of the texts after each layer, the embeddings first, and `[n, T]` which of them are of tokens."""
         cut: dict[str, Any] = {"truncation": self.max_tokens is not None, "max_length": self.max_tokens}
         batch = self.processor(texts, padding=True, return_tensors="pt", **cut).to(self.model.device)
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         model: Any = self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model
-        states = model(**inputs, output_hidden_states=True).hidden_states[-1]
-        positions = torch.arange(states.shape[1], device=states.device)
-        return states, (batch["attention_mask"] * positions).argmax(1)  # right whichever side the padding is on
+        return model(**inputs, output_hidden_states=True).hidden_states, batch["attention_mask"]
 
     def _look(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
         """States `[n, T, d]` of the answers about the pictures, and where each ends."""

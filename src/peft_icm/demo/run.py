@@ -180,15 +180,13 @@ def _find_unseen(processor: Any, picture: Path, say: Say) -> dict[str, Any]:
     generator = ICMGenerator.from_pretrained(bundle / "generator")
     tasks: Any = load_tasks(bundle / "tasks")
     precisions: dict[str, dict[str, float]] = {}
-    say(f"\nNow classes that nothing was trained on, each shown in {UNSEEN_PICTURES} pictures (AP50 of base, generated):")
+    say(f"\nNow classes that nothing was trained on, each shown in {UNSEEN_PICTURES} pictures of other scenes (AP50 of base, generated):")
     for task in tasks:
         pictures = crops(task.train_images, task.label, UNSEEN_PICTURES)
         model = generator.generate_adapter(images=pictures, generator=torch.Generator().manual_seed(SEEDS[0]))
-        found = {"generated": detect(model, processor, task.test_images, progress=False)}
+        found = {"generated": task.named(detect(model, processor, task.test_images, progress=False))}
         with model.disable_adapter():
-            found["base"] = detect(model, processor, task.test_images, progress=False)
-        for one in (*found["generated"], *found["base"]):
-            one["labels"] = [task.label if label == task.answer else label for label in one["labels"]]
+            found["base"] = task.named(detect(model, processor, task.test_images, progress=False))
         precisions[task.name] = {
             name: round(class_precision(each, task.test_images, task.label)["map_50"], 4) for name, each in found.items()
         }

@@ -36,9 +36,7 @@ class DetectionEvaluation(Report[Precision]):
     def score(model: Any, processor: Any, task: DetectionTask, **options: Any) -> Precision:
         """Over all test images; `options` are those of [`detect`]."""
         found = detect(model, processor, task.test_images, prompt=task.prompt, progress=False, **options)
-        for one in found:
-            one["labels"] = [task.label if name == task.answer else name for name in one["labels"]]
-        return class_precision(found, task.test_images, task.label)
+        return class_precision(task.named(found), task.test_images, task.label)
 
     @staticmethod
     def pool(scores: Sequence[Precision]) -> Precision:

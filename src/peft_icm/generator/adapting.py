@@ -41,7 +41,7 @@ class AdaptingMixin(AdapterMixin):
 
         The generated adapter is the start and the mean of the prior, the spread of the adapters of other tasks its standard deviation; task
         vector, z and adapter are fitted to the examples together. A part of them is left out in turn, to tell when to stop, and the start
-        is kept where no step is better. Nothing is there to be tuned for a task: `prior_weight` is the generator's own.
+        is kept where no step is better on what was left out.
 
         Args:
             text (`str`, *optional*): What the adapter is for.
@@ -50,7 +50,8 @@ class AdaptingMixin(AdapterMixin):
                 task's `train_dataset(processor)` returns. Without any, this is [`~ICMGenerator.generate_adapter`].
             steps (`int`, defaults to 120): Steps of 16 examples, at the most.
             learning_rate (`float`, defaults to 3e-3): Peak.
-            prior_weight (`float`, *optional*): Of the prior; by default that which was fitted on tasks left out of the training.
+            prior_weight (`float`, *optional*): Of the prior; by default the generator's own, `network.prior_strength`: 1, as long as nobody
+                has fitted it on tasks that were left out of the training.
             seed (`int`, defaults to 0): Of z without examples, and of the order of the examples.
             progress (`bool`, defaults to `False`): Show a progress bar.
             adapter_name (`str`, defaults to `"default"`): Name of the adapter.

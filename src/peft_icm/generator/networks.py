@@ -219,7 +219,7 @@ class DirectNetwork(nn.Module):
 
     Trained by reconstruction first, z has the posterior of Eq. 3, from what of l is in U's span. The buffer `spread` `[R, R]` is the
     covariance of a over the tasks trained on and over z: how far adapters of tasks lie from each other; `prior_strength` `[]`
-    is the weight of that as a prior ([`~ICMGenerator.adapt`]), fitted on tasks that were left out.
+    is the weight of that as a prior ([`~ICMGenerator.adapt`]), 1 where nobody has fitted it.
     """
 
     spread: Tensor

@@ -81,11 +81,20 @@ class RequestsMixin:
         """
         return self._read(self.task_vector(text, **task))
 
+    @property
+    def hears(self) -> bool:
+        """Whether there is something to compare a request with: a condition space, the pairs of a context, or one task alone."""
+        tasks = self.config.tasks or []
+        return len(tasks) == 1 or (bool(tasks) and (self.reader is not None or self.context is not None))
+
     @torch.no_grad()
     def _read(self, vector: Tensor) -> Reading:
         tasks = self.config.tasks or []
-        if not tasks:
-            raise ValueError("This generator names no tasks in its config: it can generate, but it cannot tell what it hears.")
+        if not self.hears:
+            raise ValueError(
+                "This generator names no tasks in its config, or keeps nothing to tell them apart by (condition_space 'none', no context):"
+                " it can generate, but it cannot tell what it hears."
+            )
         threshold: float | None = None
         if self.reader is None or self.space is None:
             probabilities, familiarity = self._nearest(vector), 1.0
@@ -109,16 +118,15 @@ class RequestsMixin:
         )
 
     def _nearest(self, vector: Tensor) -> Tensor:
-        """`[T]` probabilities by the distances to the tasks' vectors in the context; equal ones where there is no context."""
-        count = len(self.config.tasks or [])
+        """`[T]` probabilities by the distances to the tasks' vectors in the context; of one task, 1."""
         if self.context is None:
-            return torch.full((count,), 1 / count)
+            return torch.ones(1)
         distances = (self.context.conditions.float() - self.normalize_condition(vector[None]).float()).square().sum(1)
         return (-distances / distances.mean().clamp(min=1e-12) * 4).softmax(0)
 
     def _answer(self, vector: Tensor, text: str | None, on_unknown: str, strength: float) -> tuple[Tensor, float]:
         """The task vector that a request is answered with, and the factor on dW; warns or raises as `on_unknown` says."""
-        if self.reader is None and (on_unknown == "warn" or not self.config.tasks):
+        if not self.hears or (self.reader is None and on_unknown == "warn"):
             return vector, strength
         reading = self._read(vector)
         if self.reader is not None and self.space is not None:

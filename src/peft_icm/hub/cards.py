@@ -267,10 +267,9 @@ def _pipeline(layout: Mapping[str, Any]) -> str | None:
 def _accepts(encoder: Mapping[str, Any]) -> str:
     if not encoder:
         return "task_vector"
-    if encoder.get("kind") == "hidden_state":
+    if encoder.get("kind") in ("hidden_state", "statistics"):
         return "images" if "prompt" in encoder else "examples"
-    accepts = [str(name) for name in _list(encoder.get("accepts")) or _mapping(encoder.get("parts"))]
-    return next(iter(accepts), "text")
+    return next(map(str, _mapping(encoder.get("parts"))), "text")
 
 
 def _encoder_line(encoder: Mapping[str, Any]) -> str:

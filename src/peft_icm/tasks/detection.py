@@ -178,6 +178,14 @@ class DetectionTask:
             in_memory=in_memory,
         )
 
+    def named(self, found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """What [`detect`] found, with the class under its label where it answered otherwise.
+
+        Args:
+            found (`Sequence[Mapping]`): One entry for each image.
+        """
+        return [{**one, "labels": [self.label if name == self.answer else name for name in one["labels"]]} for one in found]
+
     def _answered(self, image: AnnotatedImage) -> AnnotatedImage:
         """The image with the objects that its answer names, by the name that it gives them."""
         named = [(box, label) for box, label in zip(image.boxes, image.labels, strict=True) if label in self.trained_labels]

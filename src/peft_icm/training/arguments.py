@@ -7,7 +7,6 @@ its task, with a condition that is drawn anew - the mean of a random handful of 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +53,7 @@ class ICMTrainingArguments(TrainingArguments):
     condition_noise: float = field(default=0.5)
     objective: str = field(default="reconstruction")
     condition_dropout: float = field(default=0.1)
-    dataset_kwargs: dict[str, Any] | str = field(default_factory=dict)
+    dataset_kwargs: dict[str, Any] = field(default_factory=dict)
     leave_out_rate: float = field(default=0.5)
     held_out: float = field(default=0.2)
     kl_warmup_ratio: float = field(default=0.1)
@@ -68,8 +67,6 @@ class ICMTrainingArguments(TrainingArguments):
             raise ValueError(f"phrasings={self.phrasings} must not be negative.")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is unknown: choose one of {', '.join(OBJECTIVES)}.")
-        if isinstance(self.dataset_kwargs, str):  # from a command line
-            self.dataset_kwargs = json.loads(self.dataset_kwargs)
         for name in ("leave_out_rate", "held_out", "kl_warmup_ratio", "condition_dropout"):
             if not 0 <= getattr(self, name) < 1 and not (name == "leave_out_rate" and self.leave_out_rate == 1):
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")

@@ -43,7 +43,7 @@ def training_recipe(data: str, config: ICMConfig, args: ICMTrainingArguments) ->
     """Everything that the weights depend on, JSON-able.
 
     Args:
-        data (`str`): Digest of what is trained on: [`collection_sha256`], or `ThroughTask.fingerprint`.
+        data (`str`): Digest of what is trained on: [`collection_sha256`], or [`TaskEpisodes.fingerprint`].
         config ([`ICMConfig`]): Of the new generator.
         args ([`ICMTrainingArguments`]): Without what only says where to write and what to log.
 

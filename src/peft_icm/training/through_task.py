@@ -172,16 +172,13 @@ class ThroughTask:
         if args.gradient_checkpointing:
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
             self.base.train()  # in eval mode nothing is computed again
-            for name in (
-                "gradient_checkpointing",
-                "activation_checkpointing",
-            ):  # the same by its older and newer name
-                setattr(args, name, False)  # the generator's own layers are no burden
+            # The generator's own layers are no burden. One switch, by its older and its newer name.
+            args.gradient_checkpointing = args.activation_checkpointing = False
         self.base.to(args.device)  # type: ignore[arg-type]
 
         def episodes(found: Sequence[Any], conditions: list[list[Tensor]]) -> TaskEpisodes:
-            options: Any = args.dataset_kwargs
-            return TaskEpisodes([task.train_dataset(processor, **options) for task in found], conditions, args, self.generator, encoder)
+            datasets = [task.train_dataset(processor, **args.dataset_kwargs) for task in found]
+            return TaskEpisodes(datasets, conditions, args, self.generator, encoder)
 
         self.means = torch.stack([encoder.average(torch.cat(groups)) for groups in vectors])
         self.train_dataset = episodes(self.tasks, vectors)

@@ -36,7 +36,7 @@ from .through_task import ThroughTask
 
 
 class RefreshContext(TrainerCallback):
-    """Recomputes the context's pairs before the first step of every epoch and once at the end."""
+    """Recomputes the context's pairs, or the spread over the tasks, before the first step of every epoch and once at the end."""
 
     def __init__(self, trainer: ICMTrainer):
         self.trainer = trainer
@@ -118,10 +118,10 @@ class ICMTrainer(Trainer):
         **kwargs: Any,
     ):
         args = args or ICMTrainingArguments()
+        make_folder(args.output_dir or ".", "output_dir")
         self.collection = collection
         self.objective: Reconstruction | ThroughTask
         if args.objective == "task":
-            make_folder(args.output_dir or ".", "output_dir")
             args.remove_unused_columns = False  # they are the base's, not the generator's
             if not tasks or base_model is None or encoder is None:
                 raise ValueError("objective='task' needs tasks=, base_model= and encoder=.")
@@ -129,7 +129,6 @@ class ICMTrainer(Trainer):
         else:
             if collection is None:
                 raise ValueError("ICMTrainer needs collection=, an AdapterCollection with task vectors.")
-            make_folder(args.output_dir or ".", "output_dir")
             self.objective = Reconstruction(model or ICMConfig(), args, collection, encoder)
         self.generator = self.objective.generator
         evaluated: Any = self.objective.eval_dataset
@@ -156,7 +155,7 @@ class ICMTrainer(Trainer):
         return self.objective.sampler(eval_dataset, evaluate=True)
 
     def refresh_context(self) -> None:
-        """Recompute the (task vector, latent) pairs of the context from the training snapshots."""
+        """Recompute what is measured on the training tasks: the context's pairs, or the spread of their adapters."""
         self.objective.refresh()
 
     def compute_loss(
