@@ -1,9 +1,10 @@
 """Adapters for classes that nothing was trained on: the open world of the bundled detector, against everything that could take its place.
 
-    python -m benchmarks.unseen --build build conditions     # seen and unseen classes x text, pictures, both x 1, 4, 8 pictures
+    python -m benchmarks.unseen --build build conditions     # seen and unseen classes x text, 1, 4, 8 pictures, text and 8 pictures
     python -m benchmarks.unseen --build build rivals         # one LoRA for all, nearest class, soup, wrong and random conditions
     python -m benchmarks.unseen --build build own            # LoRAs of their own from 64 and 1,000 annotated scenes
-    python -m benchmarks.unseen --build build adapt          # 4, 16, 64 scenes against LoRA from scratch and parts of adapt
+    python -m benchmarks.unseen --build build adapt          # 4, 16, 64 scenes: adapt, LoRA from scratch, the start tuned freely
+    python -m benchmarks.unseen --build build latent         # what z does
 
 `build` is that of examples/build_demo/build_demo_models.py, with the stages up to `open-generator`; `--split choose` takes the classes that
 settings are chosen on in the place of those that decide. AP50 of one class, on scenes in three styles that nothing was trained on;
@@ -17,6 +18,7 @@ import datetime
 import json
 import statistics
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -76,16 +78,18 @@ class World:
         """So many cut-outs of a class, drawn in other styles and on other photographs than what is tested on."""
         return crops(self.studio.draw(noun, 2 * count, seed=1000 + seed), noun)[:count]
 
-    def score(self, noun: str, vector: torch.Tensor | None) -> float:
-        """AP50 of a class under an adapter `[P]`, or under the base."""
+    def score(self, noun: str, vector: torch.Tensor) -> float:
+        """AP50 of a class under an adapter `[P]`."""
         layout = self.generator.layout
-        if vector is not None:
-            self.model = attach(self.model, layout, layout.unflatten(vector))
+        self.model = attach(self.model, layout, layout.unflatten(vector))
         others = [image for image in self.images if noun not in image.labels][: len(self.tested[noun])]
         images = self.tested[noun] + others
         found = detect(self.model, self.processor, images, batch_size=60, max_new_tokens=40, progress=False)
-        named = [{**one, "labels": [noun if label == "object" else label for label in one["labels"]]} for one in found]
-        return class_precision(named, images, noun)["map_50"]
+        return class_precision(self.task(noun, []).named(found), images, noun)["map_50"]
+
+    def task(self, noun: str, images: list[Any]) -> DetectionTask:
+        """The task of a class."""
+        return DetectionTask(noun, [f"detect {demo_open.spoken(noun)}"], noun, images, [], answer=demo_open.ANSWER)
 
     def sample(self, **given: Any) -> torch.Tensor:
         """The adapter `[P]` of a request, at z = 0."""
@@ -93,8 +97,9 @@ class World:
 
     def examples(self, noun: str, count: int) -> Any:
         """So many annotated scenes of a class, three of five with it, as the base takes them; drawn as the pictures are."""
-        task = DetectionTask(noun, [f"detect {noun}"], noun, self.studio.draw(noun, count, seed=2000), [], answer=demo_open.ANSWER)
-        return task.train_dataset(self.processor, negatives=10.0, location_step=20, in_memory=True)
+        return self.task(noun, self.studio.draw(noun, count, seed=2000)).train_dataset(
+            self.processor, negatives=10.0, location_step=20, in_memory=True
+        )
 
 
 def conditions(world: World, seeds: int) -> dict[str, Any]:
@@ -126,7 +131,7 @@ def train_lora(world: World, noun: str, count: int, steps: int, rate: float, sta
     if start is not None:
         model = attach(model, layout, layout.unflatten(start), is_trainable=True)
     arguments = TrainingArguments(
-        output_dir="/tmp/unseen", max_steps=steps, per_device_train_batch_size=min(16, len(examples)), learning_rate=rate,
+        output_dir=tempfile.gettempdir(), max_steps=steps, per_device_train_batch_size=min(16, len(examples)), learning_rate=rate,
         lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.0, max_grad_norm=1.0, save_strategy="no", logging_strategy="no",
         report_to="none", disable_tqdm=True, seed=0, use_cpu=True,
     )  # fmt: skip
@@ -175,7 +180,7 @@ def own(world: World, seeds: int) -> dict[str, Any]:
 
 
 def few(world: World, seeds: int) -> dict[str, Any]:
-    """AP50 by class from few scenes: adapt against LoRA from scratch, the start tuned freely, and the condition alone."""
+    """AP50 by class from few scenes: adapt against LoRA from scratch and the start tuned freely."""
     rows: dict[str, Any] = {}
     for noun in tqdm(world.classes["unseen"], desc="few examples"):
         pictures = world.pictures(noun, 8)
@@ -195,7 +200,26 @@ def few(world: World, seeds: int) -> dict[str, Any]:
     return rows
 
 
-PARTS = {"conditions": conditions, "rivals": rivals, "own": own, "adapt": few}
+def latent(world: World, seeds: int) -> dict[str, Any]:
+    """How far z moves an adapter, in the distance between adapters of different classes, and what it does to AP50."""
+    generator, nouns = world.generator, world.classes["unseen"]
+    vectors = {noun: generator.task_vector(images=world.pictures(noun, 8)) for noun in nouns}
+    modes = {noun: generator.sample(vector, temperature=0.0)[0].detach() for noun, vector in vectors.items()}
+    center = torch.stack(list(modes.values())).mean(0)
+    apart = torch.stack([(mode - center).norm() for mode in modes.values()]).square().mean().sqrt()
+    rows: dict[str, Any] = {}
+    for noun in tqdm(nouns, desc="latent"):
+        drawn = generator.sample(vectors[noun], 8, torch.Generator().manual_seed(0)).detach()
+        moved = (drawn - modes[noun]).norm(dim=1).square().mean().sqrt()
+        rows[noun] = {
+            "z / classes": float(moved / apart),
+            "AP50, z = 0": world.score(noun, modes[noun]),
+            "AP50, z ~ N(0, I)": statistics.mean(world.score(noun, vector) for vector in drawn[:3]),
+        }
+    return rows
+
+
+PARTS = {"conditions": conditions, "rivals": rivals, "own": own, "adapt": few, "latent": latent}
 
 
 def main() -> None:

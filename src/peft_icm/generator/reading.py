@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .condition_space import ConditionSpace, task_means
 
 MISSED = 0.05  # of the held-out phrasings of its own tasks, the share that a generator may take for unknown
-SURE = 0.9  # probability of a task from which its mean is decoded; of 0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, see docs/results.md
+SURE = 0.9  # probability of a task from which its mean is decoded; chosen on benchmarks/reading/choose.json
 LEFT_OUT_WEIGHT = 0.25  # of the tasks left out, among what is unknown
 # What a wrong adapter costs, in what the right one gains: on the bundled text world a foreign request 1.0, another task's adapter 3.5.
 # Chosen on the text world's requests in benchmarks/reading/choose.json; see docs/results.md.
