@@ -29,6 +29,8 @@ Open world (332 nouns, whose adapters the same Florence-2 gets without a LoRA of
     open-bundle          src/peft_icm/bundled/open/: the generator, on the detection bundle's base
 A world of language, for adapters of tasks that were never trained:
     language-fetch       language/tasks.json, language/<task>.train.txt, language/<task>.test.txt: 647 related texts
+    language-shared      language_shared/, language_rival/: one LoRA for all of them, and the same trained on as the generator is
+    language-generator   language_generator/: trained through the loss of 475 of them, from that LoRA
 
 `reproduction_data.py` fetches by the same stages what `peft-icm reproduce` needs.
 """
@@ -42,6 +44,7 @@ from pathlib import Path
 import demo_detection
 import demo_detector
 import demo_language
+import demo_language_generator
 import demo_open
 import demo_scenes
 import demo_text
@@ -72,6 +75,8 @@ STAGES: dict[str, Callable[[Path], None]] = {
     "open-generator": demo_open.open_generator,
     "open-bundle": demo_open.open_bundle,
     "language-fetch": demo_language.fetch,
+    "language-shared": demo_language_generator.language_shared,
+    "language-generator": demo_language_generator.language_generator,
 }
 
 
