@@ -14,25 +14,21 @@ pictures and annotated scenes to learn from are drawn in the other styles. Write
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import sys
-import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model, get_peft_model_state_dict
 from tqdm.auto import tqdm
-from transformers import AutoProcessor, Trainer, TrainingArguments
+from transformers import AutoProcessor
 
+from benchmarks.unseen.lora import flat, train_lora
+from benchmarks.unseen.results import Row, write
 from peft_icm import ICMGenerator
 from peft_icm.adapters import attach, load_base
-from peft_icm.adapters.examples import collate
 from peft_icm.evaluation.detection import class_precision
-from peft_icm.evaluation.figures import plot_bars
 from peft_icm.tasks.annotated_images import crops, load_coco
 from peft_icm.tasks.detection import DetectionTask, detect
 
@@ -101,13 +97,17 @@ class World:
             self.processor, negatives=10.0, location_step=20, in_memory=True
         )
 
+    def own_lora(self, noun: str, count: int, steps: int, rate: float, start: torch.Tensor | None = None) -> torch.Tensor:
+        """A LoRA of a class from annotated scenes."""
+        return train_lora(self.generator.layout, str(self.base_folder), self.examples(noun, count), steps, rate, start)
 
-def conditions(world: World, seeds: int) -> dict[str, Any]:
+
+def conditions(world: World, seeds: int) -> dict[str, Row]:
     """AP50 by class, and by what was given."""
-    rows: dict[str, Any] = {}
+    rows: dict[str, Row] = {}
     for kind, nouns in world.classes.items():
         for noun in tqdm(nouns, desc=kind):
-            row: dict[str, float] = {}
+            row: Row = {}
             text = {"text": f"detect {demo_open.spoken(noun)}"} if "text" in world.generator.encoder.accepts else None
             for count in PICTURES:
                 for seed in range(seeds):
@@ -117,34 +117,16 @@ def conditions(world: World, seeds: int) -> dict[str, Any]:
                         row["text and 8 pictures"] = world.score(noun, world.sample(**text, **images))
             if text:
                 row["text"] = world.score(noun, world.sample(**text))
-            rows[noun] = {"kind": kind, **row}
+            rows[noun] = row
     return rows
 
 
-def train_lora(world: World, noun: str, count: int, steps: int, rate: float, start: torch.Tensor | None = None) -> torch.Tensor:
-    """A LoRA of its own from annotated scenes, `[P]`, in the ordinary way; from scratch, or from a generated start."""
-    layout = world.generator.layout
-    examples = world.examples(noun, count)
-    base = load_base(layout, str(world.base_folder), None)
-    torch.manual_seed(0)
-    model: Any = get_peft_model(base, layout.lora_config())
-    if start is not None:
-        model = attach(model, layout, layout.unflatten(start), is_trainable=True)
-    arguments = TrainingArguments(
-        output_dir=tempfile.gettempdir(), max_steps=steps, per_device_train_batch_size=min(16, len(examples)), learning_rate=rate,
-        lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.0, max_grad_norm=1.0, save_strategy="no", logging_strategy="no",
-        report_to="none", disable_tqdm=True, seed=0, use_cpu=True,
-    )  # fmt: skip
-    Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collate).train()
-    return layout.flatten(get_peft_model_state_dict(model, save_embedding_layers=False)).detach()
-
-
-def rivals(world: World, seeds: int) -> dict[str, Any]:
+def rivals(world: World, seeds: int) -> dict[str, Row]:
     """AP50 by class of what could stand in the generator's place."""
     generator = world.generator
     known = {noun: generator.task_vector(images=world.pictures(noun, 8, 1)) for noun in world.classes["seen"]}
     nouns = world.classes["unseen"]
-    rows: dict[str, Any] = {}
+    rows: dict[str, Row] = {}
     own = {noun: world.sample(images=world.pictures(noun, 8)) for noun in nouns}
     shared = generator.sample(generator.no_condition, temperature=0.0)[0].detach()
     for index, noun in enumerate(tqdm(nouns, desc="rivals")):
@@ -167,47 +149,46 @@ def rivals(world: World, seeds: int) -> dict[str, Any]:
     return rows
 
 
-def own(world: World, seeds: int) -> dict[str, Any]:
+def own(world: World, seeds: int) -> dict[str, Row]:
     """AP50 by class of a LoRA of its own, from few and from many annotated scenes, by recipe."""
-    rows: dict[str, Any] = {}
+    rows: dict[str, Row] = {}
     for noun in tqdm(world.classes["unseen"], desc="own LoRAs"):
         rows[noun] = {"8 pictures": world.score(noun, world.sample(images=world.pictures(noun, 8)))}
         for count, steps in OWN:
             for rate in OWN_RATES:
                 name = f"{count} scenes, {steps} steps at {rate:g}"
-                rows[noun][name] = world.score(noun, train_lora(world, noun, count, steps, rate))
+                rows[noun][name] = world.score(noun, world.own_lora(noun, count, steps, rate))
     return rows
 
 
-def few(world: World, seeds: int) -> dict[str, Any]:
+def few(world: World, seeds: int) -> dict[str, Row]:
     """AP50 by class from few scenes: adapt against LoRA from scratch and the start tuned freely."""
-    rows: dict[str, Any] = {}
+    rows: dict[str, Row] = {}
     for noun in tqdm(world.classes["unseen"], desc="few examples"):
         pictures = world.pictures(noun, 8)
         start = world.sample(images=pictures)
-        row: dict[str, float] = {"start": world.score(noun, start)}
+        row: Row = {"start": world.score(noun, start)}
         for count in FEW:
             examples = world.examples(noun, count)
             base = load_base(world.generator.layout, str(world.base_folder), None)
             adapted = world.generator.adapt(labelled=examples, base_model=base, images=pictures)
-            vector = world.generator.layout.flatten(get_peft_model_state_dict(adapted, save_embedding_layers=False)).detach()
-            row[f"adapt, {count}"] = world.score(noun, vector)
+            row[f"adapt, {count}"] = world.score(noun, flat(world.generator.layout, adapted))
             for rate in RATES:
-                row[f"from scratch, {count}, {rate:g}"] = world.score(noun, train_lora(world, noun, count, 120, rate))
-                row[f"start tuned freely, {count}, {rate:g}"] = world.score(noun, train_lora(world, noun, count, 120, rate, start))
+                row[f"from scratch, {count}, {rate:g}"] = world.score(noun, world.own_lora(noun, count, 120, rate))
+                row[f"start tuned freely, {count}, {rate:g}"] = world.score(noun, world.own_lora(noun, count, 120, rate, start))
         rows[noun] = row
         print(json.dumps({noun: {name: round(value, 3) for name, value in row.items()}}), flush=True)
     return rows
 
 
-def latent(world: World, seeds: int) -> dict[str, Any]:
+def latent(world: World, seeds: int) -> dict[str, Row]:
     """How far z moves an adapter, in the distance between adapters of different classes, and what it does to AP50."""
     generator, nouns = world.generator, world.classes["unseen"]
     vectors = {noun: generator.task_vector(images=world.pictures(noun, 8)) for noun in nouns}
     modes = {noun: generator.sample(vector, temperature=0.0)[0].detach() for noun, vector in vectors.items()}
     center = torch.stack(list(modes.values())).mean(0)
     apart = torch.stack([(mode - center).norm() for mode in modes.values()]).square().mean().sqrt()
-    rows: dict[str, Any] = {}
+    rows: dict[str, Row] = {}
     for noun in tqdm(nouns, desc="latent"):
         drawn = generator.sample(vectors[noun], 8, torch.Generator().manual_seed(0)).detach()
         moved = (drawn - modes[noun]).norm(dim=1).square().mean().sqrt()
@@ -235,26 +216,7 @@ def main() -> None:
     world = World(args.build, args.generator or args.build / "open_generator", args.split, args.classes)
     rows = PARTS[args.part](world, args.seeds)
     kinds = {noun: kind for kind, nouns in world.classes.items() for noun in nouns}
-    means: dict[str, dict[str, float]] = {}
-    for kind in world.classes:
-        found = [row for noun, row in rows.items() if kinds[noun] == kind]
-        names = [name for name in (found[0] if found else {}) if name != "kind"]
-        means[kind] = {name: round(statistics.mean(row[name] for row in found), 4) for name in names}
-    run = {
-        "command": " ".join(["python -m benchmarks.unseen", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-    }
-    rounded = {
-        noun: {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()} for noun, row in rows.items()
-    }
-    file = HERE / "results" / f"{args.name or args.part}.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({"run": run, "mean": means, "classes": rounded}, indent=1) + "\n", encoding="utf-8")
-    names = list(dict.fromkeys(name for row in means.values() for name in row))
-    plot_bars(names, {kind: [row.get(name, 0.0) for name in names] for kind, row in means.items() if row}, "AP50", file.with_suffix(".png"))
-    print(json.dumps(means, indent=1))
+    write(args.name or args.part, {noun: {"kind": kinds[noun], **row} for noun, row in rows.items()}, "AP50")
 
 
 if __name__ == "__main__":

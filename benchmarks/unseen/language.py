@@ -1,0 +1,146 @@
+"""Adapters for texts that nothing was trained on: the world of language, in nats per token of held-out passages.
+
+    python -m benchmarks.unseen.language --build build conditions   # from a sentence, 1 and 8 excerpts, both, another task's, none
+    python -m benchmarks.unseen.language --build build adapt        # 16 excerpts: adapt, LoRA from scratch, both starts tuned freely
+
+`build` is that of examples/build_demo/build_demo_models.py, with the stages up to `language-generator`; `--split choose` takes the tasks
+that settings are chosen on in the place of those that decide. The rival is one LoRA for all tasks, trained for as many steps on the same
+texts. Excerpts are pieces of 400 characters of a task's training texts, of which neither generator nor rival has read any. Writes
+results/language_PART.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from benchmarks.unseen.lora import flat, train_lora
+from benchmarks.unseen.results import Row, write
+from peft_icm import ICMGenerator
+from peft_icm.adapters import attach, load_base
+from peft_icm.tasks.language_modeling import LanguageModelingTask, nll
+from peft_icm.training.conditions import excerpts
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "build_demo"))
+from demo_language import split
+from demo_language_generator import language_tasks
+
+EXCERPTS = (1, 8)
+EXAMPLES, BLOCK, STEPS = 16, 128, 120  # of `adapt` and its rivals
+RATES = (1e-3, 3e-3)
+SEEN = 24  # trained tasks, for comparison
+SHIFT = 7  # whose excerpts are the wrong ones
+
+
+class LanguageWorld:
+    """The tasks of one part of the split, the generator and its rival.
+
+    Args:
+        build (`Path`): With `language/`, `language_generator/`, `language_rival/` and `base_model/`.
+        part (`str`): `"unseen"` or `"choose"`.
+        count (`int`): At most so many tasks.
+    """
+
+    def __init__(self, build: Path, part: str, count: int):
+        self.generator = ICMGenerator.from_pretrained(build / "language_generator")
+        self.base_folder = str(build / "base_model")
+        self.tokenizer = AutoTokenizer.from_pretrained(self.base_folder)
+        self.model: Any = self.generator.load_base(self.base_folder)
+        self.tasks = language_tasks(build, part)[:count]
+        names = {name: group for group, members in split()[part].items() for name in members}
+        self.groups = {task.name: names[task.name] for task in self.tasks}
+        trained = language_tasks(build, "train")
+        self.seen = random.Random(0).sample(trained, min(SEEN, count))
+        self.rival = self.generator.layout.flatten(load_file(build / "language_rival" / "adapter_model.safetensors"))
+
+    def score(self, task: LanguageModelingTask, vector: Tensor) -> float:
+        """Nats per token of a task's held-out passages under an adapter `[P]`."""
+        layout = self.generator.layout
+        self.model = attach(self.model, layout, layout.unflatten(vector))
+        found = nll(self.model, self.tokenizer, task.test_texts, progress=False)
+        return sum(found[1:], found[0]).nats_per_token
+
+    def pieces(self, task: LanguageModelingTask, count: int) -> list[str]:
+        """So many excerpts from all over a task's texts."""
+        return random.Random(0).sample(excerpts(task.train_texts, 64), count)
+
+    def sample(self, **given: Any) -> Tensor:
+        """The adapter `[P]` of a request, at z = 0."""
+        return self.generator.sample(self.generator.task_vector(**given), temperature=0.0)[0].detach()
+
+    def examples(self, task: LanguageModelingTask, count: int) -> Any:
+        """So many blocks of a task's texts, from all over them, as the base takes them."""
+        blocks = task.train_dataset(self.tokenizer, block_size=BLOCK)
+        return [blocks[index] for index in random.Random(1).sample(range(len(blocks)), count)]
+
+
+def conditions(world: LanguageWorld) -> dict[str, Row]:
+    """Gain over the rival by task, and by what was given."""
+    rows: dict[str, Row] = {}
+    generator = world.generator
+    shared = generator.sample(generator.no_condition, temperature=0.0)[0].detach()
+    for kind, tasks in (("unseen", world.tasks), ("seen", world.seen)):
+        for index, task in enumerate(tqdm(tasks, desc=kind)):
+            text = task.descriptions[0]
+            wrong = world.pieces(tasks[(index + SHIFT) % len(tasks)], 8)
+            adapters = {
+                "base": torch.zeros_like(shared),
+                "without a condition": shared,
+                "a sentence": world.sample(text=text),
+                **{f"{count} excerpts": world.sample(examples=world.pieces(task, count)) for count in EXCERPTS},
+                "a sentence and 8 excerpts": world.sample(text=text, examples=world.pieces(task, 8)),
+                "8 excerpts of another task": world.sample(examples=wrong),
+            }
+            rival = world.score(task, world.rival)
+            gains = {name: rival - world.score(task, vector) for name, vector in adapters.items()}
+            rows[task.name] = {"kind": kind, "rival (nats per token)": rival, **gains}
+    return rows
+
+
+def few(world: LanguageWorld) -> dict[str, Row]:
+    """Gain over the rival by task, from 16 blocks of 128 tokens: `adapt` against what else can be done with them."""
+    rows: dict[str, Row] = {}
+    generator = world.generator
+    for task in tqdm(world.tasks, desc="few examples"):
+        pieces, examples = world.pieces(task, 8), world.examples(task, EXAMPLES)
+        start = world.sample(examples=pieces)
+        adapted = generator.adapt(labelled=examples, base_model=load_base(generator.layout, world.base_folder, None), examples=pieces)
+        vectors = {"start": start, "adapt": flat(generator.layout, adapted)}
+        for rate in RATES:
+            for name, at in (("from scratch", None), ("start tuned freely", start), ("rival tuned freely", world.rival)):
+                vectors[f"{name}, {rate:g}"] = train_lora(generator.layout, world.base_folder, examples, STEPS, rate, at)
+        rival = world.score(task, world.rival)
+        rows[task.name] = {"kind": "unseen", **{name: rival - world.score(task, vector) for name, vector in vectors.items()}}
+        print(task.name, {name: round(value, 3) for name, value in rows[task.name].items() if name != "kind"}, flush=True)
+    return rows
+
+
+PARTS = {"conditions": conditions, "adapt": few}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--build", type=Path, required=True)
+    parser.add_argument("--split", choices=("unseen", "choose"), default="unseen")
+    parser.add_argument("--tasks", type=int, default=48, help="at most so many")
+    parser.add_argument("--name", help="of the results; by default language_PART")
+    args = parser.parse_args()
+    world = LanguageWorld(args.build, args.split, args.tasks)
+    rows = PARTS[args.part](world)
+    for name, group in world.groups.items():
+        rows[name]["what is new"] = group
+    write(args.name or f"language_{args.part}", rows, "gain over one LoRA for all (nats per token)")
+
+
+if __name__ == "__main__":
+    main()

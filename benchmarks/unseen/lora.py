@@ -1,0 +1,44 @@
+"""A LoRA of its own, trained in the ordinary way: what a generated adapter stands in the place of."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from peft_icm.adapters import AdapterLayout, attach, load_base
+from peft_icm.adapters.examples import collate
+
+
+def train_lora(layout: AdapterLayout, base: str, examples: Any, steps: int, rate: float, start: Tensor | None = None) -> Tensor:
+    """`[P]`: from scratch, or from an adapter `[P]`.
+
+    Args:
+        layout ([`AdapterLayout`]): Of the LoRA.
+        base (`str`): Folder of the base.
+        examples (`Dataset`): As the base takes them, with `labels`.
+        steps (`int`): Of 16 examples.
+        rate (`float`): Peak of the learning rate.
+        start (`Tensor`, *optional*): Where to begin.
+    """
+    torch.manual_seed(0)
+    model: Any = get_peft_model(load_base(layout, base, None), layout.lora_config())
+    if start is not None:
+        model = attach(model, layout, layout.unflatten(start), is_trainable=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch, max_steps=steps, per_device_train_batch_size=min(16, len(examples)), learning_rate=rate,
+            lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.0, max_grad_norm=1.0, save_strategy="no", logging_strategy="no",
+            report_to="none", disable_tqdm=True, seed=0, use_cpu=True,
+        )  # fmt: skip
+        Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collate).train()
+    return flat(layout, model)
+
+
+def flat(layout: AdapterLayout, model: PeftModel) -> Tensor:
+    """The adapter of a model, `[P]`."""
+    return layout.flatten(get_peft_model_state_dict(model, save_embedding_layers=False)).detach()

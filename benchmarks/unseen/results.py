@@ -1,0 +1,56 @@
+"""Writes what was measured: every task, the means, and how it was run."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import statistics
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from peft_icm.evaluation.figures import plot_bars
+
+RESULTS = Path(__file__).parent / "results"
+
+Row = dict[str, float | str]
+"""Of one task: its kind under `kind`, and numbers by what was given or done."""
+
+
+def write(name: str, rows: dict[str, Row], unit: str) -> None:
+    """Write results/NAME.json and .png, and print the means.
+
+    Args:
+        name (`str`): Of the files.
+        rows (`dict[str, Row]`): By task.
+        unit (`str`): What the numbers are.
+    """
+    means: dict[str, dict[str, float]] = {}
+    errors: dict[str, dict[str, float]] = {}
+    for kind in dict.fromkeys(str(row["kind"]) for row in rows.values()):
+        found = [row for row in rows.values() if row["kind"] == kind]
+        for column in (column for column, value in found[0].items() if not isinstance(value, str)):
+            values = [float(row[column]) for row in found]
+            means.setdefault(kind, {})[column] = round(statistics.mean(values), 4)
+            if len(values) > 1:
+                errors.setdefault(kind, {})[column] = round(statistics.stdev(values) / math.sqrt(len(values)), 4)
+    run = {
+        "command": f"python -m {sys.modules['__main__'].__spec__.name.removesuffix('.__main__')} {' '.join(sys.argv[1:])}",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{torch.get_num_threads()} threads",
+        "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
+    }
+    rounded = {
+        task: {name: value if isinstance(value, str) else round(value, 4) for name, value in row.items()} for task, row in rows.items()
+    }
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    file.write_text(
+        json.dumps({"run": run, "unit": unit, "mean": means, "standard error": errors, "tasks": rounded}, indent=1) + "\n", encoding="utf-8"
+    )
+    columns = list(dict.fromkeys(column for row in means.values() for column in row))
+    plot_bars(columns, {kind: [row.get(column, 0.0) for column in columns] for kind, row in means.items()}, unit, file.with_suffix(".png"))
+    print(json.dumps({"mean": means, "standard error": errors}, indent=1))
