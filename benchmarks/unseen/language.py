@@ -54,7 +54,7 @@ class LanguageWorld:
         self.generator = ICMGenerator.from_pretrained(build / "language_generator")
         self.base_folder = str(build / "base_model")
         self.tokenizer = AutoTokenizer.from_pretrained(self.base_folder)
-        self.model: Any = self.generator.load_base(self.base_folder)
+        self.model: Any = load_base(self.generator.layout, self.base_folder, None)
         self.tasks = language_tasks(build, part)[:count]
         names = {name: group for group, members in split()[part].items() for name in members}
         self.groups = {task.name: names[task.name] for task in self.tasks}

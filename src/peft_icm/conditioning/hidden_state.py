@@ -145,7 +145,9 @@ class HiddenStateEncoder(TaskEncoder):
         cut: dict[str, Any] = {"truncation": self.max_tokens is not None, "max_length": self.max_tokens}
         batch = self.processor(texts, padding=True, return_tensors="pt", **cut).to(self.model.device)
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        model: Any = self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model
+        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        # Without the head: logits of a whole vocabulary, for each token, would be thrown away.
+        model = base.get_encoder() if base.config.is_encoder_decoder else base.base_model
         return model(**inputs, output_hidden_states=True).hidden_states, batch["attention_mask"]
 
     def _look(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from ..tasks.language_modeling import LanguageModelingTask
 
 HELD_OUT_PHRASINGS = 48  # of each task
 EVERY = 5  # of the collection's own vectors, each fifth is kept for the threshold, where a task has as many
-EXCERPTS, EXCERPT = 64, 400  # of a task's texts, and their characters
+EXCERPTS, EXCERPT = 24, 400  # of a task's texts, and their characters
 CROPS = 64  # pictures of a task's objects
 ALIKE = 0.7  # cosine to a task's sentence above which a foreign request may well mean that task
 
