@@ -15,6 +15,7 @@ from peft_icm import CollectingArguments, ICMConfig, ICMGenerator, ICMTrainer, c
 from peft_icm.adapters.examples import collate, example_losses
 from peft_icm.cli import main
 from peft_icm.conditioning import HiddenStateEncoder, JoinedEncoder, StatisticsEncoder
+from peft_icm.generator.prior_fit import Run, fit_runs
 from peft_icm.hub.cards import generator_card
 from peft_icm.tasks.annotated_images import AnnotatedImage
 from peft_icm.tasks.detection import DetectionTask
@@ -290,16 +291,31 @@ class TestAdapting:
     def test_a_heavy_prior_stays_at_the_start(self, trained, name):
         generator, world = trained[name]
         rows = [self.examples(world)[index] for index in range(3)]
-        free, held = (
-            get_peft_model_state_dict(generator.adapt(labelled=rows, steps=12, prior_weight=weight, **self.given(world)))
+        start = generator.sample(generator.task_vector(**self.given(world)), temperature=0.0)[0].detach()
+        far, near = (
+            fit_runs(
+                generator, generator.load_base(), start, rows, [Run([0, 1], [2], weight)],
+                steps=24, learning_rate=3e-3, seed=0, progress=False,
+            )[1][-1]
             for weight in (0.0, 1e4)
-        )
-        start = get_peft_model_state_dict(
-            generator.generate_adapter(task_vector=generator.task_vector(**self.given(world)), temperature=0.0)
-        )
-        far, near = (sum(float((found[key] - start[key]).square().sum()) for key in start) for found in (free, held))
-        assert near <= far
-        assert near < 1e-2 * sum(float(tensor.square().sum()) for tensor in start.values())
+        )  # fmt: skip
+        assert 0 < (near - start).norm() < 0.5 * (far - start).norm()
+
+    def test_the_prior_is_fitted_on_tasks_left_out(self, trained, name, tmp_path):
+        generator, world = trained[name]
+        rows = [self.examples(world)[index] for index in range(3)]
+        vector = generator.task_vector(**self.given(world))
+        before = float(generator.network.prior_strength)
+        try:
+            gains = generator.fit_prior([(vector, rows)], counts=(2,), strengths=(1.0, 1e4), steps=4)
+            assert gains[1e4] != gains[1.0]
+            assert float(generator.network.prior_strength) == max(gains, key=gains.get)
+            generator.save_pretrained(tmp_path)
+            assert float(ICMGenerator.from_pretrained(tmp_path).network.prior_strength) == float(generator.network.prior_strength)
+        finally:
+            generator.network.prior_strength.fill_(before)
+        with pytest.raises(ValueError, match="A task has 3 examples: more than 4 are needed"):
+            generator.fit_prior([(vector, rows)], counts=(2, 4))
 
     def test_wrong_input(self, trained, name):
         generator, world = trained[name]

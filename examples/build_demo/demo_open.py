@@ -24,7 +24,7 @@ from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
 from peft_icm import ICMConfig, ICMGenerator, ICMTrainer, ICMTrainingArguments
 from peft_icm.conditioning import ClipEncoder, JoinedEncoder, StatisticsEncoder
-from peft_icm.tasks.annotated_images import AnnotatedImage, load_coco
+from peft_icm.tasks.annotated_images import AnnotatedImage, crops, load_coco
 from peft_icm.tasks.detection import DetectionTask
 
 HERE = Path(__file__).parent
@@ -35,6 +35,7 @@ TRAIN_SCENES, TEST_SCENES, CHOOSE_SCENES = 24_000, 2_400, 1_200
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": r".*language_model.*\.(q_proj|k_proj|v_proj|fc2)|lm_head"}
 DATA = {"location_step": STEP, "negatives": 2 / 3}
 STEPS, PHRASINGS = 3000, 24
+PRIOR_NOUNS, PRIOR_SCENES = SPLIT["choose"][::4], 112
 SHOWN, SHOWN_PICTURES, SHOWN_SCENES = (
     ("panda", "rocket", "camel", "trophy"),
     8,
@@ -149,7 +150,12 @@ class SeenTask(DetectionTask):
     def train_dataset(self, processor: Any, **options: Any) -> Any:
         """As that of [`DetectionTask`], with embeddings in the place of pixels."""
         found, (rows, tokens, prompt) = super().train_dataset(processor, **options), self.seen
-        return SeenExamples([rows[image.image] for image in found.images], found.labels, tokens, prompt)
+        return SeenExamples([rows[_key(image)] for image in found.images], found.labels, tokens, prompt)
+
+
+def _key(image: AnnotatedImage) -> str | int:
+    """The file of a picture, or the picture where there is none."""
+    return image.image if isinstance(image.image, str) else id(image.image)
 
 
 @torch.no_grad()
@@ -162,7 +168,7 @@ def look(florence: Any, processor: Any, images: list[AnnotatedImage]) -> tuple[d
         with torch.autocast("cpu", torch.bfloat16):
             parts.append(florence.get_image_features(pixels).pooler_output.half())
     ids = processor(text="<OD>", images=images[0].load(), return_tensors="pt")["input_ids"][0, parts[0].shape[1] :]
-    return {image.image: row for row, image in enumerate(images)}, torch.cat(parts), florence.get_input_embeddings()(ids).clone()
+    return {_key(image): row for row, image in enumerate(images)}, torch.cat(parts), florence.get_input_embeddings()(ids).clone()
 
 
 def open_generator(build: Path) -> None:
@@ -212,6 +218,23 @@ def open_generator(build: Path) -> None:
     )
     trainer.train()
     trainer.generator.save_pretrained(build / "open_generator")
+
+
+def open_prior(build: Path) -> None:
+    """Fit the weight of the generator as a prior of few examples, on some of the nouns that choose settings."""
+    generator = ICMGenerator.from_pretrained(build / "open_generator")
+    florence = Florence2ForConditionalGeneration.from_pretrained(build / "florence", dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(build / "florence")
+    studio = Studio(build)
+    held_out = []
+    for noun in PRIOR_NOUNS:
+        shown = crops(studio.draw(noun, 16, seed=1000), noun)[:8]
+        scenes_ = studio.draw(noun, PRIOR_SCENES, seed=2000)
+        task = SeenTask(**vars(DetectionTask(noun, [f"detect {spoken(noun)}"], noun, scenes_, [], answer=ANSWER)))
+        task.seen = look(florence, processor, scenes_)
+        held_out.append((generator.task_vector(images=shown), task.train_dataset(processor, location_step=STEP, negatives=10.0)))
+    print(generator.fit_prior(held_out, florence, progress=True))
+    generator.save_pretrained(build / "open_generator")
 
 
 def open_bundle(build: Path) -> None:

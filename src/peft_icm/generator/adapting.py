@@ -16,6 +16,9 @@ from .generation import AdapterMixin
 from .networks import DirectNetwork
 from .requests import TaskInputs
 
+FOLDS, FOLD_BATCH = 4, 8  # parts of the examples that are left out in turn, to tell when to stop; examples in their steps
+STRENGTHS = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
+
 
 class AdaptingMixin(AdapterMixin):
     """The side of [`ICMGenerator`] that learns from a user's examples."""
@@ -28,7 +31,7 @@ class AdaptingMixin(AdapterMixin):
         base_model: str | os.PathLike[str] | PreTrainedModel | PeftModel | None = None,
         *,
         labelled: Sequence[Mapping[str, Tensor]] | None = None,
-        steps: int = 120,
+        steps: int = 60,
         learning_rate: float = 3e-3,
         prior_weight: float | None = None,
         seed: int = 0,
@@ -39,19 +42,18 @@ class AdaptingMixin(AdapterMixin):
     ) -> PeftModel:
         """Generate an adapter and let it learn from a few labelled examples, with the generator as the prior.
 
-        The generated adapter is the start and the mean of the prior, the spread of the adapters of other tasks its standard deviation; task
-        vector, z and adapter are fitted to the examples together. A part of them is left out in turn, to tell when to stop, and the start
-        is kept where no step is better on what was left out.
+        The generated adapter is the start and the mean of the prior, the spread of the adapters of other tasks its standard deviation. A
+        part of the examples is left out in turn, to tell when to stop, and the start is kept where no step is better on what was left out.
 
         Args:
             text (`str`, *optional*): What the adapter is for.
             base_model: See [`~ICMGenerator.generate_adapter`].
             labelled (`Sequence[Mapping[str, Tensor]]`, *optional*): At least two examples as the base takes them, with `labels`: what a
                 task's `train_dataset(processor)` returns. Without any, this is [`~ICMGenerator.generate_adapter`].
-            steps (`int`, defaults to 120): Steps of 16 examples, at the most.
+            steps (`int`, defaults to 60): Steps of 16 examples, at the most.
             learning_rate (`float`, defaults to 3e-3): Peak.
-            prior_weight (`float`, *optional*): Of the prior; by default the generator's own, `network.prior_strength`: 1, as long as nobody
-                has fitted it on tasks that were left out of the training.
+            prior_weight (`float`, *optional*): Of the prior; by default the generator's own, `network.prior_strength`, which
+                [`~ICMGenerator.fit_prior`] fits.
             seed (`int`, defaults to 0): Of z without examples, and of the order of the examples.
             progress (`bool`, defaults to `False`): Show a progress bar.
             adapter_name (`str`, defaults to `"default"`): Name of the adapter.
@@ -67,33 +69,89 @@ class AdaptingMixin(AdapterMixin):
         """
         if labelled is None:
             draw = torch.Generator().manual_seed(seed)
-            options: Any = {"adapter_name": adapter_name, "is_trainable": is_trainable, **task}
-            return self.generate_adapter(text, base_model, generator=draw, **options)
-        if not isinstance(self.network, DirectNetwork) or not self.network.spread.any():
-            raise ValueError("This generator was not trained with objective='task': it has no prior for examples. Fine-tune its adapters.")
+            return self.generate_adapter(text, base_model, generator=draw, adapter_name=adapter_name, is_trainable=is_trainable, **task)
         if len(labelled) < 2:
             raise ValueError(f"labelled= has {len(labelled)} examples: two at least are needed, to learn from one and tell by the other.")
-        weight = float(self.network.prior_strength) if prior_weight is None else prior_weight
+        fitted = self._prior_weight()
+        weight = fitted if prior_weight is None else prior_weight
         if not weight >= 0 or steps < 1:
             raise ValueError(f"prior_weight={weight} must not be negative, and steps={steps} at least 1.")
-        model = self._base_for(base_model, None)
-        if isinstance(model, PeftModel):
-            raise ValueError("base_model carries adapters, merged ones perhaps: pass the base itself, its examples are read without any.")
-        condition = self.task_vector(text, **task)
-        base: Any = model.requires_grad_(False).eval()
-        from .prior_fit import fit_examples  # the Trainer, which generating alone needs not
+        base = self._lent_base(base_model)
+        start = self.sample(self.task_vector(text, **task), temperature=0.0)[0].detach()
+        from .prior_fit import Run, fit_runs  # the Trainer, which generating alone needs not
 
-        adapter, _ = fit_examples(
-            self,
-            base,
-            condition,
-            [labelled[index] for index in range(len(labelled))],
-            steps=steps,
-            learning_rate=learning_rate,
-            prior_weight=weight,
-            seed=seed,
-            progress=progress,
-        )
+        examples = [labelled[index] for index in range(len(labelled))]
+        part = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)) % FOLDS
+        folds = [
+            Run(torch.nonzero(part != fold)[:, 0].tolist(), torch.nonzero(part == fold)[:, 0].tolist(), weight, batch=FOLD_BATCH)
+            for fold in range(min(FOLDS, len(examples)))
+        ]
+        everything = Run(list(range(len(examples))), [], weight)
+        options: Any = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "progress": progress}
+        nats, adapters = fit_runs(self, base, start, examples, [*folds, everything], **options)
+        adapter = adapters[nats.sum(1).argmin()]
         facts = {**self._facts(text, 0.0, None, 1.0, task.get("images")), "examples": len(labelled), "seed": seed}
         state_dict = self.layout.unflatten(self._finite(adapter[None])[0])
         return attach(base, self.layout, state_dict, adapter_name=adapter_name, is_trainable=is_trainable, provenance=facts)
+
+    def fit_prior(
+        self,
+        held_out: Sequence[tuple[Tensor, Sequence[Mapping[str, Tensor]]]],
+        base_model: str | os.PathLike[str] | PreTrainedModel | None = None,
+        *,
+        counts: Sequence[int] = (4, 16, 64),
+        strengths: Sequence[float] = STRENGTHS,
+        steps: int = 60,
+        learning_rate: float = 3e-3,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> dict[float, float]:
+        """Fit the weight that [`~ICMGenerator.adapt`] gives the generator as a prior, on tasks that nothing was trained on.
+
+        For each task an adapter is fitted to so many of its examples under each weight, all steps of it, and scored on the others. The
+        weight whose adapters gain most is kept in `network.prior_strength`.
+
+        Args:
+            held_out (`Sequence[tuple[Tensor, Sequence[Mapping]]]`): Of each task its task vector `[d]` and its labelled examples, more than
+                the greatest of `counts`.
+            base_model: See [`~ICMGenerator.generate_adapter`].
+            counts (`Sequence[int]`, defaults to `(4, 16, 64)`): Examples that are learnt from.
+            strengths (`Sequence[float]`): Weights to choose from; by default from 10 to 3000.
+            steps, learning_rate, seed, progress: See [`~ICMGenerator.adapt`].
+
+        Returns:
+            `dict[float, float]`: Of each weight the gain over the generated adapter, in nats per example, the mean over tasks and counts.
+
+        Raises:
+            `ValueError`: As [`~ICMGenerator.adapt`], or if a task has too few examples.
+        """
+        self._prior_weight()
+        base = self._lent_base(base_model)
+        from .prior_fit import Run, fit_runs
+
+        gains = []
+        for vector, examples in held_out:
+            if len(examples) <= max(counts):
+                raise ValueError(f"A task has {len(examples)} examples: more than {max(counts)} are needed, to learn from and to tell by.")
+            start = self.sample(vector, temperature=0.0)[0].detach()
+            order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+            for count in counts:
+                runs = [Run(order[:count], order[max(counts) :], strength) for strength in strengths]
+                options: Any = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "progress": progress}
+                nats, _ = fit_runs(self, base, start, examples, runs, **options)
+                gains.append((nats[0] - nats[-1]) / len(runs[0].left_out))
+        mean = torch.stack(gains).mean(0)
+        self.network.prior_strength.fill_(strengths[int(mean.argmax())])
+        return dict(zip(strengths, mean.tolist(), strict=True))
+
+    def _prior_weight(self) -> float:
+        if not isinstance(self.network, DirectNetwork) or not self.network.spread.any():
+            raise ValueError("This generator was not trained with objective='task': it has no prior for examples. Fine-tune its adapters.")
+        return float(self.network.prior_strength)
+
+    def _lent_base(self, base_model: Any) -> Any:
+        """The base that examples are read with: without adapters, and as it is."""
+        model = self._base_for(base_model, None)
+        if isinstance(model, PeftModel):
+            raise ValueError("base_model carries adapters, merged ones perhaps: pass the base itself, its examples are read without any.")
+        return model.requires_grad_(False).eval()

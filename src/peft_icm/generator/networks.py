@@ -219,7 +219,7 @@ class DirectNetwork(nn.Module):
 
     Trained by reconstruction first, z has the posterior of Eq. 3, from what of l is in U's span. The buffer `spread` `[R, R]` is the
     covariance of a over the tasks trained on and over z: how far adapters of tasks lie from each other; `prior_strength` `[]`
-    is the weight of that as a prior ([`~ICMGenerator.adapt`]), 1 where nobody has fitted it.
+    is the weight of that as a prior ([`~ICMGenerator.adapt`]), 300 where nobody has fitted it ([`~ICMGenerator.fit_prior`]).
     """
 
     spread: Tensor
@@ -236,7 +236,7 @@ class DirectNetwork(nn.Module):
         self.basis = nn.Parameter(torch.randn(rank, size) * self.STARTING_DEVIATION)
         self.encoder = ResidualMLP(rank + config.projected_dim, rank, 2 * config.latent_size)
         self.register_buffer("spread", torch.zeros(rank, rank))
-        self.register_buffer("prior_strength", torch.ones(()))
+        self.register_buffer("prior_strength", torch.tensor(300.0))
         steps = (nn.Linear(inputs, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden))
         bounded = nn.LayerNorm(rank)
         nn.init.constant_(bounded.weight, self.STARTING_SIZE)

@@ -1,11 +1,12 @@
-"""The fit of an adapter to a few examples, under the generator as its prior."""
+"""The fit of adapters to a few examples, under the generator as their prior."""
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,73 +26,74 @@ from ..adapters.examples import collate, example_losses
 from ..adapters.per_sample import PerSampleLora
 
 FLOOR = 0.05  # of the root mean square of the deviations: no number is held for good
-CONDITION_RATE = 10.0  # learning rate of task vector and z, as a multiple of that of the adapter
-FOLDS = 4  # parts of the examples that are left out in turn, to tell when to stop
-BATCH = 16  # examples in a step; of those that only tell when to stop half as many
+BATCH = 16  # examples in a step
 EVALUATIONS = 12  # in the course of a run
 
 
-class PriorFit(nn.Module):
-    r"""Adapters `w_f = decode(z_f, v_f) + d_f` of several folds at once, each trained on the examples outside its own.
-
-    The loss of a fold with n examples is the base's nats per token and the prior's
-
-    `weight / 2n (mean(d^2 / sigma^2) + mean((v - v_0)^2) + mean(z^2))`,
-
-    with sigma the spread of generated adapters ([`DirectNetwork.deviations`], floored), v_0 the normalised task vector that was asked for.
-    The means are over numbers, so that one weight serves adapters of any size.
+@dataclass(frozen=True)
+class Run:
+    """One of the adapters that are fitted at once.
 
     Args:
-        generator ([`ICMGenerator`]): Of a `"direct"` network.
+        seen (`list[int]`): The examples that it is trained on.
+        left_out (`list[int]`): Those that tell how good it is.
+        weight (`float`): Of its prior.
+        batch (`int`): Examples in a step, where it has as many.
+    """
+
+    seen: list[int]
+    left_out: list[int]
+    weight: float
+    batch: int = BATCH
+
+
+class PriorFit(nn.Module):
+    r"""Adapters `w_r = w_0 + d_r` of several runs, each trained on its own part of the examples.
+
+    The loss of a run with n examples is the base's nats per token and the prior's `weight / 2n mean(d^2 / sigma^2)`. The mean is over
+    numbers, so that one weight serves adapters of any size.
+
+    Args:
         base (`PreTrainedModel`): That the examples are for; lent, and in eval mode.
         lora ([`PerSampleLora`]): On it.
-        condition (`Tensor`): `[d]` task vector.
-        counts (`Tensor`): `[F]` examples that each fold is trained on.
-        weight (`float`): Of the prior.
+        start (`Tensor`): `[P]`, w_0: what the generator gives, and the mean of the prior.
+        deviations (`Tensor`): `[P]`: how far adapters of tasks lie apart, the prior's sigma where it is not floored.
+        runs (`Sequence[Run]`): What is fitted.
     """
 
     start: Tensor
     sigma: Tensor
     counts: Tensor
+    weights: Tensor
 
-    def __init__(self, generator: Any, base: Any, lora: PerSampleLora, condition: Tensor, counts: Tensor, weight: float):
+    def __init__(self, base: Any, lora: PerSampleLora, start: Tensor, deviations: Tensor, runs: Sequence[Run]):
         super().__init__()
-        self._lent = (generator, base, lora)  # a tuple, so that they are no submodules
-        folds = len(counts)
-        with torch.no_grad():
-            start = generator.normalize_condition(condition[None]).float()
-            _, units = generator.statistics.spread()
-            deviations = generator.network.deviations().float() * units
-        sigma = deviations.clamp(min=FLOOR * float(deviations.square().mean().sqrt()))
-        for name, value in (("start", start), ("sigma", sigma), ("counts", counts.float())):
+        self._lent = (base, lora)  # a tuple, so that they are no submodules
+        buffers = {
+            "start": start.float(),
+            "sigma": deviations.clamp(min=FLOOR * float(deviations.square().mean().sqrt())),
+            "counts": torch.tensor([float(len(run.seen)) for run in runs]),
+            "weights": torch.tensor([run.weight for run in runs]),
+        }
+        for name, value in buffers.items():
             self.register_buffer(name, value)
-        self.condition = nn.Parameter(start.repeat(folds, 1))
-        self.latent = nn.Parameter(torch.zeros(folds, generator.config.latent_size))
-        self.change = nn.Parameter(torch.zeros(folds, generator.layout.numel))
-        self.weight = weight
+        self.change = nn.Parameter(torch.zeros(len(runs), len(start)))
 
-    def adapters(self) -> Tensor:
-        """`[F, P]`, in their own units."""
-        generator, _, _ = self._lent
-        decoded = generator.network.decode(self.latent.to(generator.dtype), self.condition.to(generator.dtype))
-        return generator.statistics.denormalize(decoded) + self.change
-
-    def forward(self, fold: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
-        """`{"loss", "nats", "tokens"}` of a batch of examples, each under the adapter of its fold `[B]`."""
-        _, base, lora = self._lent
-        lora.use(self.adapters()[fold])
+    def forward(self, run: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
+        """`{"loss", "nats", "tokens"}` of a batch of examples, each under the adapter of its run `[B]`."""
+        base, lora = self._lent
+        lora.use(self.start + self.change[run])
         nats, tokens = example_losses(base, inputs)
         if not nats.detach().isfinite().all():
             raise ValueError("The loss of a labelled example is not finite: lower learning_rate, or look for NaN in the examples.")
         each = torch.zeros(len(self.counts), device=nats.device)
-        fit = each.index_add(0, fold, nats) / each.index_add(0, fold, tokens.float()).clamp(min=1)
-        away = (self.change / self.sigma).square().mean(1) + (self.condition - self.start).square().mean(1) + self.latent.square().mean(1)
-        loss = (fit + self.weight * away / (2 * self.counts)).sum()
-        return {"loss": loss, "nats": nats.detach(), "tokens": tokens}
+        fit = each.index_add(0, run, nats) / each.index_add(0, run, tokens.float()).clamp(min=1)
+        away = (self.change / self.sigma).square().mean(1)
+        return {"loss": (fit + self.weights * away / (2 * self.counts)).sum(), "nats": nats.detach(), "tokens": tokens}
 
 
-class FoldExamples(Dataset[dict[str, Tensor]]):
-    """Pairs of a fold and an example, as a list says."""
+class RunExamples(Dataset[dict[str, Tensor]]):
+    """Pairs of a run and an example, as a list says."""
 
     def __init__(self, examples: Sequence[Mapping[str, Tensor]], pairs: Sequence[tuple[int, int]]):
         self.examples, self.pairs = examples, pairs
@@ -100,70 +102,64 @@ class FoldExamples(Dataset[dict[str, Tensor]]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        fold, example = self.pairs[index]
-        return {**self.examples[example], "fold": torch.tensor(fold)}
+        run, example = self.pairs[index]
+        return {**self.examples[example], "run": torch.tensor(run)}
 
 
 class KeepAdapters(TrainerCallback):
-    """Keeps, at each evaluation, the loss on what the folds left out and the adapter that saw everything."""
+    """Keeps, at each evaluation, the nats of what each run left out, and the adapter of the last run."""
 
     def __init__(self, fit: PriorFit):
         self.fit = fit
-        self.losses: list[float] = []
+        self.nats: list[list[float]] = []
         self.adapters: list[Tensor] = []
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called after each evaluation."""
-        self.losses.append(kwargs["metrics"]["eval_nats_per_token"])
-        self.adapters.append(self.fit.adapters()[-1].detach().clone())
+        self.nats.append([kwargs["metrics"][f"eval_{run}"] for run in range(len(self.fit.counts))])
+        self.adapters.append((self.fit.start + self.fit.change[-1]).detach().cpu())
 
 
-def fit_examples(
+def fit_runs(
     generator: Any,
     base: Any,
-    condition: Tensor,
+    start: Tensor,
     examples: Sequence[Mapping[str, Tensor]],
+    runs: Sequence[Run],
     *,
     steps: int,
     learning_rate: float,
-    prior_weight: float,
     seed: int,
     progress: bool,
-) -> tuple[Tensor, list[float]]:
-    """An adapter from a task vector and examples.
-
-    The examples are left out in four parts in turn, or one by one where there are fewer; all folds, and one that sees everything, are
-    trained together. What the folds do on what they have not seen tells when to stop; not to start is among the choices.
+) -> tuple[Tensor, Tensor]:
+    """Fit adapters to examples, all of them in one batch.
 
     Args:
         generator ([`ICMGenerator`]): Of a `"direct"` network.
         base (`PreTrainedModel`): Lent.
-        condition (`Tensor`): `[d]` task vector.
-        examples (`Sequence[dict[str, Tensor]]`): At least two, as the base takes them.
-        steps (`int`): At the most.
-        learning_rate (`float`): Of the adapter.
-        prior_weight (`float`): See [`PriorFit`].
+        start (`Tensor`): `[P]`, what the generator gives.
+        examples (`Sequence[dict[str, Tensor]]`): As the base takes them.
+        runs (`Sequence[Run]`): What is fitted.
+        steps (`int`): Of each run.
+        learning_rate (`float`): Peak.
         seed (`int`): Of the order of the examples.
         progress (`bool`): Show a progress bar.
 
     Returns:
-        `tuple[Tensor, list[float]]`: The adapter `[P]`, and the nats per token of what was left out, at the start and after each twelfth
-        of the steps.
+        `tuple[Tensor, Tensor]`: At the start and after each twelfth of the steps the nats of what each run left out, `[E, R]`, and the
+        adapter of the last run, `[E, P]`.
     """
-    count = len(examples)
-    folds = min(count, FOLDS)
     draw = torch.Generator().manual_seed(seed)
-    part = torch.randperm(count, generator=draw) % folds
-    seen = [torch.nonzero(part != fold)[:, 0] for fold in range(folds)] + [torch.arange(count)]
-    sizes = [min(BATCH if fold == folds else BATCH // 2, len(own)) for fold, own in enumerate(seen)]
+    sizes = [min(run.batch, len(run.seen)) for run in runs]
     pairs = []
     for _ in range(steps):
-        for fold, own in enumerate(seen):
-            pairs += [(fold, int(own[index])) for index in torch.randperm(len(own), generator=draw)[: sizes[fold]]]
-    left_out = [(int(part[example]), example) for example in range(count)]
-    with PerSampleLora(base, generator.layout) as lora, tempfile.TemporaryDirectory() as scratch, _frozen(generator.network):
-        counts = torch.tensor([len(own) for own in seen])
-        fit = PriorFit(generator, base, lora, condition, counts, prior_weight).to(base.device)
+        for index, (run, size) in enumerate(zip(runs, sizes, strict=True)):
+            pairs += [(index, run.seen[place]) for place in torch.randperm(len(run.seen), generator=draw)[:size]]
+    left_out = [(index, example) for index, run in enumerate(runs) for example in run.left_out]
+    with PerSampleLora(base, generator.layout) as lora, tempfile.TemporaryDirectory() as scratch:
+        _, units = generator.statistics.spread()
+        deviations = (generator.network.deviations().detach().float() * units).cpu()
+        fit = PriorFit(base, lora, start.cpu(), deviations, runs).to(base.device)
         arguments = TrainingArguments(
             output_dir=scratch,
             max_steps=steps,
@@ -176,25 +172,21 @@ def fit_examples(
             report_to="none",
             remove_unused_columns=False,
             disable_tqdm=not progress,
-            max_grad_norm=1.0,
+            max_grad_norm=0.0,  # the runs share a norm: clipped, one would slow the others down
             seed=seed,
             use_cpu=base.device.type == "cpu",
         )
-        groups = [
-            {"params": [fit.change], "lr": learning_rate},
-            {"params": [fit.condition, fit.latent], "lr": CONDITION_RATE * learning_rate},
-        ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(fit.parameters(), lr=learning_rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
         keep = KeepAdapters(fit)
         trainer = _InOrder(
             model=fit,
             args=arguments,
             data_collator=collate,
-            train_dataset=FoldExamples(examples, pairs),
-            eval_dataset=FoldExamples(examples, left_out),
+            train_dataset=RunExamples(examples, pairs),
+            eval_dataset=RunExamples(examples, left_out),
             optimizers=(optimizer, schedule),
-            compute_metrics=_nats_per_token,
+            compute_metrics=functools.partial(_nats, len(runs)),
             callbacks=[keep],
         )
         trainer.remove_callback(PrinterCallback)
@@ -202,20 +194,7 @@ def fit_examples(
             trainer.remove_callback(ProgressCallback)
         trainer.evaluate()
         trainer.train()
-    best = min(range(len(keep.losses)), key=keep.losses.__getitem__)
-    return keep.adapters[best].cpu(), keep.losses
-
-
-@contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
-    """Its weights take no gradients meanwhile."""
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_()
+    return torch.tensor(keep.nats), torch.stack(keep.adapters)
 
 
 class _InOrder(Trainer):
@@ -228,8 +207,9 @@ class _InOrder(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             outputs = model(**inputs)
-        return outputs["loss"], outputs["nats"], outputs["tokens"]
+        return outputs["loss"], outputs["nats"], inputs["run"]
 
 
-def _nats_per_token(prediction: Any) -> dict[str, float]:
-    return {"nats_per_token": float(prediction.predictions.sum() / prediction.label_ids.sum())}
+def _nats(runs: int, prediction: Any) -> dict[str, float]:
+    nats = torch.zeros(runs).index_add(0, torch.as_tensor(prediction.label_ids), torch.as_tensor(prediction.predictions))
+    return {str(run): float(value) for run, value in enumerate(nats)}
