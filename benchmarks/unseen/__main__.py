@@ -24,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoProcessor
 
-from benchmarks.unseen.lora import flat, train_lora
+from benchmarks.unseen.lora import flat, train_lora, tune_condition
 from benchmarks.unseen.results import Row, write
 from peft_icm import ICMGenerator
 from peft_icm.adapters import attach, load_base
@@ -39,8 +39,8 @@ import demo_open  # noqa: E402 - it lies there
 
 PICTURES = (1, 4, 8)
 SHOWN = 40  # test scenes of a class at the most, and as many without it
-FEW = (4, 16, 64)
-RATES = (1e-3, 3e-3)
+FEW, STEPS = (4, 16, 64), 120  # scenes; steps of what `adapt` is compared with
+SCRATCH, FREELY, CONDITION = 1e-2, 1e-3, 3e-2  # learning rates of the rivals of `adapt`, the best of three each on calendar
 OWN, OWN_RATES = ((64, 120), (64, 400), (1000, 400)), (3e-3, 1e-2)  # scenes and steps of a LoRA of its own
 
 
@@ -162,22 +162,26 @@ def own(world: World, seeds: int) -> dict[str, Row]:
 
 
 def few(world: World, seeds: int) -> dict[str, Row]:
-    """AP50 by class from few scenes: adapt against LoRA from scratch and the start tuned freely."""
+    """AP50 by class from few scenes: adapt against LoRA from scratch, the start tuned freely, and a tuned condition."""
+    generator = world.generator
     rows: dict[str, Row] = {}
     for noun in tqdm(world.classes["unseen"], desc="few examples"):
         pictures = world.pictures(noun, 8)
-        start = world.sample(images=pictures)
+        start, vector = world.sample(images=pictures), generator.task_vector(images=pictures)
         row: Row = {"start": world.score(noun, start)}
         for count in FEW:
             examples = world.examples(noun, count)
-            base = load_base(world.generator.layout, str(world.base_folder), None)
-            adapted = world.generator.adapt(labelled=examples, base_model=base, images=pictures)
-            row[f"adapt, {count}"] = world.score(noun, flat(world.generator.layout, adapted))
-            for rate in RATES:
-                row[f"from scratch, {count}, {rate:g}"] = world.score(noun, world.own_lora(noun, count, 120, rate))
-                row[f"start tuned freely, {count}, {rate:g}"] = world.score(noun, world.own_lora(noun, count, 120, rate, start))
+            base = load_base(generator.layout, str(world.base_folder), None)
+            adapted = generator.adapt(labelled=examples, base_model=base, images=pictures)
+            vectors = {
+                "adapt": flat(generator.layout, adapted),
+                "LoRA from scratch": world.own_lora(noun, count, STEPS, SCRATCH),
+                "start tuned freely": world.own_lora(noun, count, STEPS, FREELY, start),
+                "condition alone": tune_condition(generator, str(world.base_folder), vector, examples, STEPS, CONDITION),
+            }
+            row |= {f"{name}, {count}": world.score(noun, found) for name, found in vectors.items()}
         rows[noun] = row
-        print(json.dumps({noun: {name: round(value, 3) for name, value in row.items()}}), flush=True)
+        print(json.dumps({noun: {name: round(float(value), 3) for name, value in row.items()}}), flush=True)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""A LoRA of its own, trained in the ordinary way: what a generated adapter stands in the place of."""
+"""What else can be done with labelled examples: a LoRA of its own, in the ordinary way, and a tuned condition."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from peft_icm import ICMGenerator
 from peft_icm.adapters import AdapterLayout, attach, load_base
-from peft_icm.adapters.examples import collate
+from peft_icm.adapters.examples import collate, example_losses
+from peft_icm.adapters.per_sample import PerSampleLora
 
 
 def train_lora(layout: AdapterLayout, base: str, examples: Any, steps: int, rate: float, start: Tensor | None = None) -> Tensor:
@@ -37,6 +39,33 @@ def train_lora(layout: AdapterLayout, base: str, examples: Any, steps: int, rate
         )  # fmt: skip
         Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collate).train()
     return flat(layout, model)
+
+
+def tune_condition(generator: ICMGenerator, base: str, vector: Tensor, examples: Any, steps: int, rate: float) -> Tensor:
+    """`[P]`: what the generator gives for a normalised task vector that is all that learns, its weights and z = 0 staying as they are.
+
+    Args:
+        generator ([`ICMGenerator`]): Of a `"direct"` network.
+        vector (`Tensor`): `[d]` task vector to begin with.
+        base (`str`), examples (`Dataset`), steps (`int`), rate (`float`): See [`train_lora`].
+    """
+    model: Any = load_base(generator.layout, base, None).requires_grad_(False).eval()
+    generator.requires_grad_(False)
+    condition = torch.nn.Parameter(generator.normalize_condition(vector[None]).float())
+    latent = torch.zeros(1, generator.config.latent_size)
+    optimizer = torch.optim.AdamW([condition], lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    draw = torch.Generator().manual_seed(0)
+    with PerSampleLora(model, generator.layout) as lora:
+        for _ in range(steps):
+            batch = collate([examples[index] for index in torch.randperm(len(examples), generator=draw)[:16].tolist()])
+            lora.use(generator.statistics.denormalize(generator.network.decode(latent, condition)))
+            nats, tokens = example_losses(model, batch)
+            optimizer.zero_grad()
+            (nats.sum() / tokens.sum()).backward()
+            optimizer.step()
+            schedule.step()
+    return generator.statistics.denormalize(generator.network.decode(latent, condition))[0].detach()
 
 
 def flat(layout: AdapterLayout, model: PeftModel) -> Tensor:
