@@ -32,6 +32,7 @@ A world of language, for adapters of tasks that were never trained:
     language-fetch       language/tasks.json, language/<task>.train.txt, language/<task>.test.txt: 647 related texts
     language-shared      language_shared/, language_rival/: one LoRA for all of them, and the same trained on as the generator is
     language-generator   language_generator/: trained through the loss of 475 of them, from that LoRA
+    language-prior       language_generator/: how far `adapt` trusts it, fitted on tasks that nothing was trained on
 
 `reproduction_data.py` fetches by the same stages what `peft-icm reproduce` needs.
 """
@@ -79,6 +80,7 @@ STAGES: dict[str, Callable[[Path], None]] = {
     "language-fetch": demo_language.fetch,
     "language-shared": demo_language_generator.language_shared,
     "language-generator": demo_language_generator.language_generator,
+    "language-prior": demo_language_generator.language_prior,
 }
 
 

@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from peft_icm import ICMConfig, ICMTrainer, ICMTrainingArguments
+from peft_icm import ICMConfig, ICMGenerator, ICMTrainer, ICMTrainingArguments
 from peft_icm.conditioning import ClipEncoder, JoinedEncoder, StatisticsEncoder
 from peft_icm.tasks.language_modeling import LanguageModelingTask, load_tasks
+from peft_icm.training.conditions import excerpts
 
 BLOCK, BATCH = 128, 16
 SHARED_STEPS, STEPS = 600, 1200  # of the LoRA for all that both begin with; of the generator, and of that LoRA as its rival
+PRIOR_TASKS, PRIOR_EXCERPTS, PRIOR_BLOCKS = 4, 8, 32  # of `choose`
 SHARED_RATE, RATE = 2e-3, 3e-4  # at 1e-3 the loss of the generator rose for the first half of the training
 LORA: dict[str, Any] = {
     "r": 2,
@@ -129,3 +131,18 @@ def language_generator(build: Path) -> None:
     trainer.generator.network.fit(start[None])
     trainer.train()
     trainer.generator.save_pretrained(build / "language_generator")
+
+
+def language_prior(build: Path) -> None:
+    """Fit the weight of the generator as a prior of 16 blocks of text, on some of the tasks that choose settings."""
+    generator = ICMGenerator.from_pretrained(build / "language_generator")
+    base = AutoModelForCausalLM.from_pretrained(build / "base_model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(build / "base_model")
+    held_out = []
+    for task in language_tasks(build, "choose")[1 :: 16 // PRIOR_TASKS]:
+        blocks = task.train_dataset(tokenizer, block_size=BLOCK)
+        spread = torch.linspace(0, len(blocks) - 1, PRIOR_BLOCKS).long().tolist()
+        vector = generator.task_vector(examples=excerpts(task.train_texts, PRIOR_EXCERPTS))
+        held_out.append((vector, [blocks[index] for index in spread]))
+    print(generator.fit_prior(held_out, base, counts=(16,), progress=True))
+    generator.save_pretrained(build / "language_generator")
