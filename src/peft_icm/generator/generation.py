@@ -191,7 +191,7 @@ class AdapterMixin(RequestsMixin):
             raise ValueError(f"generator={generator!r} must be one torch.Generator: one adapter is generated.")
         condition = self.task_vector(text, **task)
         if task.get("task_vector") is None:
-            condition, strength = self._answer(condition, text, on_unknown, strength)
+            condition, strength = self._answer(condition, text, on_unknown, strength, **task)
         return scaled(self.layout.unflatten(self._finite(self.sample(condition, 1, generator, temperature))[0]), strength), strength
 
     def _finite(self, samples: Tensor) -> Tensor:
