@@ -53,7 +53,6 @@ class RequestsMixin:
     reader: Reader | None
     text_reader: TextReader | None
     context: Any
-    encoder: Any
     task_vector: Callable[..., Tensor]
     normalize_condition: Callable[[Tensor], Tensor]
     _lazy: dict[str, Any]
@@ -152,9 +151,10 @@ class RequestsMixin:
 
     @property
     def _shown(self) -> str:
-        """What a generator that tells sentences apart takes as it is; nothing where its encoder reads sentences alone."""
+        """What helps a generator that tells sentences apart with a task it does not know; nothing where its encoder has no part for it."""
+        parts = (self.config.encoder or {}).get("parts", {}) if self.text_reader is not None else {}
         others = {"examples": "examples of it (examples=)", "images": "pictures of it (images=)"}
-        return " or ".join(words for name, words in others.items() if name in self.encoder.accepts)
+        return " or ".join(words for name, words in others.items() if name in parts)
 
     def _answer(
         self, vector: Tensor, text: str | None, on_unknown: str, strength: float, **task: Unpack[TaskInputs]
@@ -169,17 +169,16 @@ class RequestsMixin:
         request = f"{text!r}" if text is not None else "This request"
         nearest = f"{reading.task} ({reading.description!r}, {reading.confidence:.2f})"
         heard = f"{request} is none of this generator's tasks: the nearest is {nearest}"
-        shown = self._shown if self.text_reader is not None else ""
         if on_unknown == "shrink":
             return vector, strength * reading.worth
         if reading.known:
             return vector, strength
         if on_unknown == "raise":
-            instead = f", show it {shown}" if shown else ""
+            instead = f", show it {self._shown}" if self._shown else ""
             raise UnknownTaskError(f"{heard}. Ask for one of its tasks{instead}, or pass on_unknown='warn', 'shrink' or 'base'.")
         if on_unknown == "base":
             return vector, 0.0
-        instead = f"Show it {shown}: these it takes as they are. " if shown else ""
+        instead = f"Show it {self._shown}: from these it makes adapters for other tasks too. " if self._shown else ""
         warnings.warn(
             f"{heard}, and its adapter may do harm. {instead}on_unknown= 'shrink', 'base' or 'raise' do something else.",
             UnknownTaskWarning,
