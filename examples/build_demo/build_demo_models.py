@@ -23,7 +23,7 @@ Detection (a Florence-2 and 14 classes; resvg-py draws the icons):
     detection-collect    detection_collection/: one LoRA for each of 14 classes
     detection-generator  detection_generator/: the ICMGenerator, conditioned on sentences and pictures
     detection-bundle     src/peft_icm/bundled/detection/ and bundled/encoder/
-Open world (332 nouns, whose adapters the same Florence-2 gets without a LoRA of theirs having been trained):
+Open world (357 nouns, whose adapters the same Florence-2 gets without a LoRA of theirs having been trained):
     open-scenes          open/: scenes of all nouns, and test scenes in styles, on photographs and of classes of their own
     open-generator       open_generator/: trained through the loss of detecting each of them
     open-reader          open_generator/: what tells its nouns from others, for one that was trained before ICMTrainer fitted it
