@@ -1,12 +1,13 @@
 """The bundled open world: classes that nothing was trained on are found after a look at pictures of them."""
 
 import json
+import warnings
 
 import pytest
 import torch
 from transformers import AutoProcessor
 
-from peft_icm import ICMGenerator, bundled_generator
+from peft_icm import ICMGenerator, UnknownTaskWarning, bundled_generator
 from peft_icm.bundled import BUNDLES, bundled_folder
 from peft_icm.cli import main
 from peft_icm.evaluation.detection import DetectionEvaluation
@@ -70,12 +71,26 @@ def test_it_travels_with_its_base(generator, tasks, tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_it_cannot_tell_what_it_hears_and_says_so(generator, capsys):
-    assert not generator.hears
-    with pytest.raises(ValueError, match="nothing to tell them apart by"):
-        generator.read("detect guitars")
-    assert main(["read", "bundled:open", "detect guitars"]) == 2
-    assert "it cannot tell what it hears" in capsys.readouterr().err
+def test_it_tells_the_nouns_it_was_trained_on_from_others(generator, tasks, capsys):
+    for line in ("detect bicycles", "find the guitar", "box every rhinoceros, please"):
+        assert generator.read(line).known
+    for task in tasks:
+        assert not generator.read(task.descriptions[0]).known
+    with pytest.warns(UnknownTaskWarning, match=r"Show it pictures of it \(images=\)"):
+        generator.generate_state_dict("detect zzzqqq")
+    assert main(["read", "bundled:open", "detect bicycles"]) == 0
+    shown = capsys.readouterr().out
+    assert "heard: bicycle (0.9" in shown and f"... and {len(generator.config.tasks) - 10} more tasks" in shown
+
+
+def test_pictures_are_never_unknown(generator, tasks):
+    pictures = crops(tasks[0].train_images, tasks[0].label, 2)
+    for given in ({"images": pictures}, {"text": tasks[0].descriptions[0], "images": pictures}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UnknownTaskWarning)
+            generator.generate_state_dict(**given, on_unknown="raise")
+        with pytest.raises(ValueError, match="pass text= alone"):
+            generator.read(**given)
 
 
 def test_a_noun_that_it_was_trained_on_is_heard(generator):

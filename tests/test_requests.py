@@ -142,7 +142,8 @@ class TestCommandLine:
         assert run("read", "bundled:text", "continue a Shakespeare play", "--top", 3) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].startswith("heard: shakespeare (") and lines[1].startswith("shakespeare") and "#" in lines[1]
-        assert [line.split()[0] for line in lines[-2:]] == ["familiarity", "threshold"] and lines[-1].endswith("known") and len(lines) == 6
+        assert [line.split()[0] for line in lines[-2:]] == ["familiarity", "threshold"] and lines[-1].endswith("known") and len(lines) == 7
+        assert lines[4] == "... and 15 more tasks (--top)"
 
     def test_read_as_json(self, capsys):
         assert run("read", "bundled:text", UNKNOWN, "--json") == 0

@@ -4,6 +4,8 @@
     python -m benchmarks.reading once                   # these decide, and are used at the end alone
     python -m benchmarks.reading descriptions           # what caution costs on the tasks' own sentences
     python -m benchmarks.reading once --world text --generator DIR --name text_other
+    python -m benchmarks.reading nouns                  # the open world: trained nouns against the 24 that choose settings, and others
+    python -m benchmarks.reading nouns-once             # the same against the 40 unseen nouns and the requests of `once`
     python -m benchmarks.reading ablation --build build # text generators of every condition space, and of one sentence a task, on choose
 
 Writes results/SET_NAME.json and .png. `share` is of the own LoRAs' gain (nats per token, AP50) on held-out data; a request that no task
@@ -25,6 +27,7 @@ from transformers import AutoProcessor
 
 from benchmarks.paper.results import write_json
 from benchmarks.reading.ablation import ablation
+from benchmarks.reading.nouns import nouns_report
 from peft_icm import AdapterCollection, ICMGenerator
 from peft_icm.bundled import bundled_folder
 from peft_icm.evaluation import DetectionEvaluation, Evaluation
@@ -61,12 +64,13 @@ def requests_report(world: str, requests: str, folder: Path, seed: int) -> Reque
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", choices=("choose", "once", "descriptions", "ablation"), help="which sentences, or the ablation")
+    sets = ("choose", "once", "descriptions", "nouns", "nouns-once", "ablation")
+    parser.add_argument("set", choices=sets, help="which sentences, or the ablation")
     parser.add_argument("--world", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="which bundles")
     parser.add_argument("--generator", help="a generator in the place of the bundled one")
     parser.add_argument("--name", help="of the results; by default that of the world")
     parser.add_argument("--build", type=Path, default=Path("build"), help="build area of the ablation, with collection/ and encoder/")
-    parser.add_argument("--seed", type=int, default=0, help="of z")
+    parser.add_argument("--seed", type=int, default=0, help="of z; of the phrasings of nouns")
     args = parser.parse_args()
     run = {
         "command": " ".join(["python -m benchmarks.reading", *sys.argv[1:]]),
@@ -75,6 +79,13 @@ def main() -> None:
         "machine": f"{torch.get_num_threads()} threads",
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "open_clip_torch")},
     }
+    if args.set.startswith("nouns"):
+        file = HERE / "results" / f"{args.set.replace('-', '_')}.json"
+        open_world = ICMGenerator.from_pretrained(args.generator or bundled_folder("open") / "generator")
+        report = nouns_report(open_world, args.set == "nouns-once", args.seed, file.with_suffix(".png"))
+        write_json(file, {"run": run, **report})
+        print(f"{file}\n{json.dumps(report, indent=1)}", flush=True)
+        return
     if args.set == "ablation":
         table = ablation(args.build, lambda folder: requests_report("text", "choose", folder, args.seed))
         file = HERE / "results" / "ablation_text.json"

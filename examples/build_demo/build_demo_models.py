@@ -23,10 +23,11 @@ Detection (a Florence-2 and 14 classes; resvg-py draws the icons):
     detection-collect    detection_collection/: one LoRA for each of 14 classes
     detection-generator  detection_generator/: the ICMGenerator, conditioned on sentences and pictures
     detection-bundle     src/peft_icm/bundled/detection/ and bundled/encoder/
-Open world (332 nouns, whose adapters the same Florence-2 gets without a LoRA of theirs having been trained):
+Open world (357 nouns, whose adapters the same Florence-2 gets without a LoRA of theirs having been trained):
     open-scenes          open/: scenes of all nouns, and test scenes in styles, on photographs and of classes of their own
     open-generator       open_generator/: trained through the loss of detecting each of them
     open-prior           open_generator/: how far `adapt` trusts it, fitted on nouns that nothing was trained on
+    open-reader          open_generator/: what tells its nouns from others, for one that was trained before ICMTrainer fitted it
     open-bundle          src/peft_icm/bundled/open/: the generator, on the detection bundle's base
 A world of language, for adapters of tasks that were never trained:
     language-fetch       language/tasks.json, language/<task>.train.txt, language/<task>.test.txt: 647 related texts
@@ -76,6 +77,7 @@ STAGES: dict[str, Callable[[Path], None]] = {
     "open-scenes": demo_open.draw_open,
     "open-generator": demo_open.open_generator,
     "open-prior": demo_open.open_prior,
+    "open-reader": demo_open.open_reader,
     "open-bundle": demo_open.open_bundle,
     "language-fetch": demo_language.fetch,
     "language-shared": demo_language_generator.language_shared,

@@ -24,8 +24,11 @@ from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
 from peft_icm import ICMConfig, ICMGenerator, ICMTrainer, ICMTrainingArguments
 from peft_icm.conditioning import ClipEncoder, JoinedEncoder, StatisticsEncoder
+from peft_icm.generator.text_reading import TextReader
 from peft_icm.tasks.annotated_images import AnnotatedImage, crops, load_coco
 from peft_icm.tasks.detection import DetectionTask
+from peft_icm.training.conditions import sentences_of
+from peft_icm.training.reading import fit_text_reader
 
 HERE = Path(__file__).parent
 UNSEEN = json.loads((HERE / "nouns.json").read_text(encoding="utf-8"))["unseen"]
@@ -237,22 +240,39 @@ def open_prior(build: Path) -> None:
     generator.save_pretrained(build / "open_generator")
 
 
-def open_bundle(build: Path) -> None:
-    """Write what the package carries: the generator in bf16 on the detection bundle's base, and scenes of a few unseen classes."""
-    target = BUNDLED / "open"
-    shutil.rmtree(target, ignore_errors=True)
-    (target / "tasks" / "images").mkdir(parents=True)
-    ICMGenerator.from_pretrained(build / "open_generator", dtype=torch.bfloat16).save_pretrained(target / "generator")
-    shutil.rmtree(target / "generator" / "encoder")
-    config = ICMConfig.from_pretrained(target / "generator")
+def open_reader(build: Path) -> None:
+    """Give `open_generator/` what tells its nouns from others, where it was trained by an older ICMTrainer, which fitted none."""
+    generator = ICMGenerator.from_pretrained(build / "open_generator")
+    training: dict[str, Any] = generator.config.training or {}
+    sentences = [[task["description"]] for task in generator.config.tasks or []]
+    said = [generator.encoder.read("text", sentences_of(task, PHRASINGS, training["seed"])) for task in sentences]
+    generator.text_reader = TextReader(generator.config.text_dim, len(sentences))
+    reading = fit_text_reader(generator.text_reader, generator.encoder, sentences, said, training["seed"])
+    generator.config.text_reader, generator.config.training = True, {**training, "reading": reading}
+    generator.save_pretrained(build / "open_generator")
+    print(reading)
+
+
+def write_generator(generator: Path, target: Path) -> None:
+    """A generator in bf16, its reader in fp32, on the encoder and the base that lie in the other bundles."""
+    ICMGenerator.from_pretrained(generator, dtype=torch.bfloat16).save_pretrained(target)
+    shutil.rmtree(target / "encoder")
+    config = ICMConfig.from_pretrained(target)
     parts = {
         name: {**part, "checkpoint": name, "folder": SHARED[name]}
         for name, part in config.encoder["parts"].items()  # type: ignore[index]
     }
     config.encoder = {name: value for name, value in (config.encoder or {}).items() if name != "folder"} | {"parts": parts}
     config.layout = {**(config.layout or {}), "base_model_name_or_path": None}
-    config.save_pretrained(target / "generator")
+    config.save_pretrained(target)
 
+
+def open_bundle(build: Path) -> None:
+    """Write what the package carries: the generator in bf16 on the detection bundle's base, and scenes of a few unseen classes."""
+    target = BUNDLED / "open"
+    shutil.rmtree(target, ignore_errors=True)
+    (target / "tasks" / "images").mkdir(parents=True)
+    write_generator(build / "open_generator", target / "generator")
     document = json.loads((build / "open" / "test.json").read_text())
     numbers = {entry["name"]: entry["id"] for entry in document["categories"]}
     kept: dict[str, set[int]] = {"train": set(), "test": set()}

@@ -216,7 +216,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         from .generator import modeling_icm  # noqa: F401
 
     generator = load_generator(args.generator, revision=args.revision, token=args.token)
-    heard = _hear(args, generator) if generator.hears else None
+    heard = _hear(args, generator) if generator.can_read(args.text, examples=args.example, images=args.image) else None
     with _one_line_warnings():
         model = generator.generate_adapter(
             args.text,
@@ -245,6 +245,8 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
     heard = _hear(args, generator)
     for name, probability in list(heard["tasks"].items())[: args.top]:
         say(args, f"{name:24} {probability:5.2f} {'#' * round(40 * probability)}")
+    if len(heard["tasks"]) > args.top:
+        say(args, f"... and {len(heard['tasks']) - args.top} more tasks (--top)")
     threshold = heard["threshold"]
     if threshold is None:
         say(args, "This generator has no threshold: it takes any request for known.")

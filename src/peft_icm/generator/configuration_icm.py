@@ -72,6 +72,9 @@ class ICMConfig(PreTrainedConfig):
             `"whitening"`, `"lda"` or `"head"`. With any but `"none"` the generator tells how familiar a request is ([`Reading`]).
             [`ICMTrainer`] writes `"lda"` where it builds a `"principal"` generator of two tasks or more. `None` is that of
             generators saved by 0.1.0: `"none"`.
+        text_reader (`bool`, defaults to `False`): `"direct"` only: whether the generator tells how familiar a sentence is, though its
+            network sees task vectors as they are ([`TextReader`]). [`ICMTrainer`] writes `True` where it builds a generator of two tasks
+            or more with an encoder that reads text.
         base_model_subfolder (`str`, *optional*): Where the base model lies inside the generator's own repo, if it travels in it.
         training (`dict`): Facts of the training, for the model card.
         weights_sha256 (`str`, *optional*): Of the tensors beside a saved config; written by `save_pretrained` and checked when they are
@@ -103,6 +106,7 @@ class ICMConfig(PreTrainedConfig):
     context: bool = True
     tasks: list[dict[str, Any]] | None = None
     condition_space: str | None = None
+    text_reader: bool = False
     base_model_subfolder: str | None = None
     training: dict[str, Any] | None = None
     weights_sha256: str | None = None
@@ -133,16 +137,13 @@ class ICMConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value} must be at most {bound}.")
         if isinstance(self.kl_weight, bool) or self.kl_weight < 0 or not math.isfinite(self.kl_weight):
             raise ValueError(f"kl_weight={self.kl_weight} must not be negative, and finite.")
-        if self.condition_space not in (None, *SPACES):
-            raise ValueError(f"condition_space={self.condition_space!r} is unknown: choose one of {', '.join(SPACES)}.")
-        if self.reads and self.layout is not None and len(self.tasks or []) < 2:
-            raise ValueError(f"condition_space={self.condition_space!r} tells tasks apart: it needs two or more, choose 'none'.")
         if self.layout is not None:
             AdapterLayout.from_dict(self.layout)
         if self.base_model_subfolder is not None:
             _check_subfolder("base_model_subfolder", self.base_model_subfolder)
         self._validate_tasks()
         self._validate_encoder()
+        self._validate_reading()
 
     def _validate_tasks(self) -> None:
         if self.tasks is not None and len(self.tasks) > MAX_TASKS:
@@ -169,6 +170,20 @@ class ICMConfig(PreTrainedConfig):
             if part.get("folder") and (not isinstance(part["folder"], str) or PurePosixPath(part["folder"]).is_absolute()):
                 raise ValueError(f"encoder: folder={part['folder']!r} must be a relative path inside the generator's folder.")
 
+    def _validate_reading(self) -> None:
+        if self.condition_space not in (None, *SPACES):
+            raise ValueError(f"condition_space={self.condition_space!r} is unknown: choose one of {', '.join(SPACES)}.")
+        alone = self.layout is not None and len(self.tasks or []) < 2
+        if self.reads and alone:
+            raise ValueError(f"condition_space={self.condition_space!r} tells tasks apart: it needs two or more, choose 'none'.")
+        if self.text_reader and alone:
+            raise ValueError("text_reader=True tells tasks apart: it needs two or more, choose False.")
+        if self.text_reader and (self.architecture != "direct" or self.reads):
+            raise ValueError("text_reader=True is for architecture='direct' with condition_space='none': others read by their space.")
+        text = (self.encoder or {}).get("parts", {}).get("text", {})
+        if isinstance(text.get("dim"), bool) or not isinstance(self.text_dim, int) or not 1 <= self.text_dim <= self.condition_dim:
+            raise ValueError(f"encoder: parts: text: dim={self.text_dim!r} must be from 1 to the condition_dim, {self.condition_dim}.")
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # type: ignore[override]
         """Load a configuration, as in transformers.
@@ -188,6 +203,11 @@ class ICMConfig(PreTrainedConfig):
     def reads(self) -> bool:
         """Whether the generator has a condition space, and tells what it knows from what it does not."""
         return self.condition_space not in (None, "none")
+
+    @property
+    def text_dim(self) -> int:
+        """The width of what a sentence is encoded to: with an encoder of parts, that of the part for text, which stands first."""
+        return (self.encoder or {}).get("parts", {}).get("text", {}).get("dim", self.condition_dim)
 
     @property
     def projected_dim(self) -> int:

@@ -163,7 +163,8 @@ class AdapterMixin(RequestsMixin):
             generator (`torch.Generator`, *optional*): Source of z.
             on_unknown (`str`, defaults to `"warn"`): What a request gets that is less familiar than the generator's threshold: `"warn"` the
                 adapter of the nearest task and a warning, `"base"` an adapter that does nothing, `"raise"` an error; `"shrink"` scales
-                every adapter by what its reading is worth ([`Reading.worth`]). A `task_vector` is taken as it is.
+                every adapter by what its reading is worth ([`Reading.worth`]). Taken as it is: a `task_vector`, and whatever
+                [`~ICMGenerator.can_read`] is false of.
             strength (`float`, defaults to 1.0): Factor on dW = B A: 0 is the base, 1 the adapter as generated.
             **task: `examples`, `images` or `task_vector`: see [`~ICMGenerator.task_vector`].
 
@@ -191,7 +192,7 @@ class AdapterMixin(RequestsMixin):
             raise ValueError(f"generator={generator!r} must be one torch.Generator: one adapter is generated.")
         condition = self.task_vector(text, **task)
         if task.get("task_vector") is None:
-            condition, strength = self._answer(condition, text, on_unknown, strength)
+            condition, strength = self._answer(condition, text, on_unknown, strength, **task)
         return scaled(self.layout.unflatten(self._finite(self.sample(condition, 1, generator, temperature))[0]), strength), strength
 
     def _finite(self, samples: Tensor) -> Tensor:
@@ -227,7 +228,8 @@ class AdapterMixin(RequestsMixin):
             generator (`torch.Generator`, *optional*): Source of z, for a seed.
             on_unknown (`str`, defaults to `"warn"`): What a request gets that is less familiar than the generator's threshold: `"warn"` the
                 adapter of the nearest task and a warning, `"base"` an adapter that does nothing, `"raise"` an error; `"shrink"` scales
-                every adapter by what its reading is worth ([`Reading.worth`]). A `task_vector` is taken as it is.
+                every adapter by what its reading is worth ([`Reading.worth`]). Taken as it is: a `task_vector`, and whatever
+                [`~ICMGenerator.can_read`] is false of.
             strength (`float`, defaults to 1.0): Factor on dW = B A: 0 is the base, 1 the adapter as generated.
             is_trainable (`bool`, defaults to `False`): Leave the adapter trainable and in train mode.
             base_model_kwargs (`Mapping`, *optional*): For the base's `from_pretrained` (`dtype`, `device_map`, ...).

@@ -17,6 +17,7 @@ from .networks import NETWORKS, ContextAttention, Statistics
 from .reading import Reader
 from .sampling import Generators, as_conditions, draw_noise
 from .saving import SavedModel
+from .text_reading import TextReader
 
 
 @dataclass
@@ -64,7 +65,7 @@ class ICMGenerator(AdaptingMixin, SavedModel):
     base_model_prefix = "icm"
     main_input_name = "parameters"
     accepts_loss_kwargs = False
-    _keep_in_fp32_modules_strict = ["statistics", "space", "reader"]  # noqa: RUF012 - transformers reads a plain list
+    _keep_in_fp32_modules_strict = ["statistics", "space", "reader", "text_reader"]  # noqa: RUF012 - transformers reads a plain list
     _no_split_modules: list[str] = []  # noqa: RUF012
 
     def __init__(self, config: ICMConfig):
@@ -75,6 +76,7 @@ class ICMGenerator(AdaptingMixin, SavedModel):
             ConditionSpace(config.condition_space or "none", config.condition_dim, len(config.tasks or [])) if config.reads else None
         )
         self.reader = Reader(config.condition_dim, len(config.tasks or [])) if config.reads else None
+        self.text_reader = TextReader(config.text_dim, len(config.tasks or [])) if config.text_reader else None
         self.statistics = Statistics(self.layout.sizes, config.projected_dim, each=config.architecture == "direct")
         self.network = NETWORKS[config.architecture](config)
         self.context = ContextAttention(config) if config.context and config.tasks else None

@@ -77,7 +77,65 @@ class Reading:
         return f"heard: {self.task} ({self.confidence:.2f})"
 
 
-class Reader(nn.Module):
+class Familiarity(nn.Module):
+    """How sure it is that a request means one of the tasks: a logistic regression on a few numbers that tell, and its threshold.
+
+    Buffers in fp32: `weight` `[features]`, `bias`, `threshold` (negative where there is none), and `temperature`, that of the
+    probabilities among the tasks.
+
+    Args:
+        features (`int`): Numbers that tell.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    threshold: Tensor
+    temperature: Tensor
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(features, dtype=torch.float32))
+        for name, value in (("bias", 0.0), ("threshold", -1.0), ("temperature", 1.0)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Familiarity:
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+    def familiarity(self, features: Tensor) -> Tensor:
+        """`[n, features]` -> `[n]`, in (0, 1)."""
+        return (features @ self.weight + self.bias).sigmoid()
+
+    def calibrate(self, known: Tensor, unknown: Tensor, left_out: Tensor) -> None:
+        """Fit the regression, and take the conformal quantile of what is known for the threshold.
+
+        Args:
+            known (`Tensor`): `[H, features]` of held-out phrasings.
+            unknown (`Tensor`): `[F, features]` of foreign requests.
+            left_out (`Tensor`): `[H, features]` of held-out phrasings, as if their own tasks were not there.
+        """
+        from sklearn.linear_model import LogisticRegression
+
+        rows = torch.cat([known, unknown, left_out])
+        labels = [1] * len(known) + [0] * (len(unknown) + len(left_out))
+        share = LEFT_OUT_WEIGHT if len(unknown) else 1.0
+        parts = ((known, 0.5), (unknown, 0.5 * (1 - share)), (left_out, 0.5 * share))
+        weights = torch.cat([torch.full((len(part),), weight * len(rows) / max(1, len(part))) for part, weight in parts])
+        mean, deviation = rows.mean(0), rows.std(0).clamp(min=1e-6)
+        model = LogisticRegression(C=1.0).fit((rows - mean) / deviation, labels, sample_weight=weights)
+        self.weight.copy_(torch.from_numpy(model.coef_[0]) / deviation)
+        self.bias.copy_(model.intercept_[0] - (self.weight * mean).sum())
+        scores = self.familiarity(known).sort().values
+        rank = int(MISSED * (len(scores) + 1))  # 0 for fewer than 19: the quantile is minus infinity then, and everything is known
+        self.threshold.copy_(scores[rank - 1] if rank else torch.zeros(()))
+
+    def temper(self, logits: Tensor, tasks: Tensor) -> None:
+        """Take the temperature at which held-out phrasings are most probable: `[H, T]` logits, `[H]` their tasks."""
+        temperatures = torch.logspace(-3, 2, 101)
+        losses = [F.cross_entropy(logits / temperature, tasks) for temperature in temperatures]
+        self.temperature.copy_(temperatures[torch.stack(losses).argmin()])
+
+
+class Reader(Familiarity):
     r"""Scores task vectors against the tasks of a generator.
 
     Three numbers tell whether a vector v belongs to a task: its squared distance to the nearest task's mean in the whitened space, the same
@@ -86,8 +144,7 @@ class Reader(nn.Module):
     of each task left out; its probability is the familiarity. The threshold is the conformal quantile of held-out phrasings. Among the
     tasks the probability is that of Gaussians of one covariance, at the temperature that suits the held-out phrasings best.
 
-    Buffers in fp32: `means` `[T, d]` of unit length, `centers` `[T, d]` whitened, `weight` `[3]`, `bias`, `threshold` (negative where
-    there is none), `temperature`.
+    Buffers in fp32: those of [`Familiarity`], `means` `[T, d]` of unit length, `centers` `[T, d]` whitened.
 
     Args:
         condition_dim (`int`): d.
@@ -96,21 +153,11 @@ class Reader(nn.Module):
 
     means: Tensor
     centers: Tensor
-    weight: Tensor
-    bias: Tensor
-    threshold: Tensor
-    temperature: Tensor
 
     def __init__(self, condition_dim: int, tasks: int):
-        super().__init__()
+        super().__init__(features=3)
         for name in ("means", "centers"):
             self.register_buffer(name, torch.zeros(tasks, condition_dim, dtype=torch.float32))
-        self.register_buffer("weight", torch.zeros(3, dtype=torch.float32))
-        for name, value in (("bias", 0.0), ("threshold", -1.0), ("temperature", 1.0)):
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Reader:
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     @torch.no_grad()
     def fit(self, space: ConditionSpace, conditions: Tensor, tasks: Tensor, held_out: Tensor, held_tasks: Tensor, foreign: Tensor) -> None:
@@ -124,37 +171,19 @@ class Reader(nn.Module):
             held_tasks (`Tensor`): `[H]` their tasks.
             foreign (`Tensor`): `[F, d]` task vectors of requests for something else.
         """
-        from sklearn.linear_model import LogisticRegression
-
         means = task_means(conditions.float(), tasks)
         self.means.copy_(F.normalize(means, dim=1))
         self.centers.copy_(space.whiten(means))
         if not len(held_out):
             return
-        known, unknown = self._features(space, held_out), self._features(space, foreign)
         left_out = self._features(space, held_out, held_tasks)
-        rows = torch.cat([known, unknown, left_out])
-        labels = [1] * len(known) + [0] * (len(unknown) + len(left_out))
-        share = LEFT_OUT_WEIGHT if len(unknown) else 1.0
-        parts = ((known, 0.5), (unknown, 0.5 * (1 - share)), (left_out, 0.5 * share))
-        weights = torch.cat([torch.full((len(part),), weight * len(rows) / max(1, len(part))) for part, weight in parts])
-        mean, deviation = rows.mean(0), rows.std(0).clamp(min=1e-6)
-        model = LogisticRegression(C=1.0).fit((rows - mean) / deviation, labels, sample_weight=weights)
-        self.weight.copy_(torch.from_numpy(model.coef_[0]) / deviation)
-        self.bias.copy_(model.intercept_[0] - (self.weight * mean).sum())
-        scores = (known @ self.weight + self.bias).sigmoid().sort().values
-        rank = int(MISSED * (len(scores) + 1))  # 0 for fewer than 19: the quantile is minus infinity then, and everything is known
-        self.threshold.copy_(scores[rank - 1] if rank else torch.zeros(()))
-        distances = torch.cdist(space.whiten(held_out), self.centers).square()
-        temperatures = torch.logspace(-1, 2, 61)
-        losses = [F.cross_entropy(-0.5 * distances / temperature, held_tasks) for temperature in temperatures]
-        self.temperature.copy_(temperatures[torch.stack(losses).argmin()])
+        self.calibrate(self._features(space, held_out), self._features(space, foreign), left_out)
+        self.temper(-0.5 * torch.cdist(space.whiten(held_out), self.centers).square(), held_tasks)
 
     def forward(self, space: ConditionSpace, conditions: Tensor) -> tuple[Tensor, Tensor]:
         """`[n, d]` task vectors -> probabilities `[n, T]` of the tasks and familiarity `[n]`."""
         distances = torch.cdist(space.whiten(conditions), self.centers).square()
-        familiarity = (self._features(space, conditions) @ self.weight + self.bias).sigmoid()
-        return (-0.5 * distances / self.temperature).softmax(1), familiarity
+        return (-0.5 * distances / self.temperature).softmax(1), self.familiarity(self._features(space, conditions))
 
     @torch.no_grad()
     def settle(self, space: ConditionSpace, conditions: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from ..conditioning import Picture
 from .condition_space import ConditionSpace
 from .configuration_icm import ICMConfig
 from .reading import Reader, Reading
+from .text_reading import TextReader
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class RequestsMixin:
     config: ICMConfig
     space: ConditionSpace | None
     reader: Reader | None
+    text_reader: TextReader | None
     context: Any
     task_vector: Callable[..., Tensor]
     normalize_condition: Callable[[Tensor], Tensor]
@@ -57,6 +59,9 @@ class RequestsMixin:
 
     def read(self, text: str | None = None, **task: Unpack[TaskInputs]) -> Reading:
         """Tell which task is heard in a request, how sure that is, and whether it is one of the generator's at all.
+
+        A generator that was trained through the loss of its tasks tells sentences apart. Pictures and examples it takes for whatever they
+        are, of its tasks or not: there is nothing to tell then ([`~ICMGenerator.can_read`]).
 
         Args:
             text (`str`, *optional*): A sentence.
@@ -67,7 +72,8 @@ class RequestsMixin:
                 without a condition space. A warning says so once.
 
         Raises:
-            `ValueError`: If the input is not what the encoder reads, or the generator names no tasks.
+            `ValueError`: If the input is not what the encoder reads, the generator names no tasks, or it tells sentences apart and
+                something else is given.
 
         Example:
 
@@ -79,13 +85,30 @@ class RequestsMixin:
 
         ```
         """
-        return self._read(self.task_vector(text, **task))
+        vector = self.task_vector(text, **task)
+        if self.hears and not self.can_read(text, **task):
+            raise ValueError("This generator tells sentences apart, and takes whatever else it is given as it is: pass text= alone.")
+        return self._read(vector)
 
     @property
     def hears(self) -> bool:
-        """Whether there is something to compare a request with: a condition space, the pairs of a context, or one task alone."""
+        """Whether there is something to compare a request with: a condition space, a reader of sentences, a context, or one task alone."""
         tasks = self.config.tasks or []
-        return len(tasks) == 1 or (bool(tasks) and (self.reader is not None or self.context is not None))
+        kept = (self.reader, self.text_reader, self.context)
+        return len(tasks) == 1 or (bool(tasks) and any(part is not None for part in kept))
+
+    def can_read(self, text: str | None = None, **task: Unpack[TaskInputs]) -> bool:
+        """Whether [`~ICMGenerator.read`] can tell what is meant.
+
+        Args:
+            text (`str`, *optional*): A sentence.
+            **task: What is given in its place or beside it.
+
+        Returns:
+            `bool`: `False` where the generator keeps nothing to compare with, or compares sentences and more than a sentence is given.
+        """
+        alone = text is not None and all(value is None for value in task.values())
+        return self.hears and (self.text_reader is None or alone)
 
     @torch.no_grad()
     def _read(self, vector: Tensor) -> Reading:
@@ -95,14 +118,16 @@ class RequestsMixin:
                 "This generator names no tasks in its config, or keeps nothing to tell them apart by (condition_space 'none', no context):"
                 " it can generate, but it cannot tell what it hears."
             )
-        threshold: float | None = None
-        if self.reader is None or self.space is None:
-            probabilities, familiarity = self._nearest(vector), 1.0
+        familiarity, threshold = 1.0, None
+        reader = self.reader or self.text_reader
+        if reader is None:
+            probabilities = self._nearest(vector)
         else:
-            scores, known = self.reader(self.space, vector[None].to(self.reader.means.device))
-            probabilities, familiarity = scores[0], 1.0
-            if self.reader.threshold >= 0:
-                familiarity, threshold = float(known[0]), float(self.reader.threshold)
+            rows = vector[None].to(reader.threshold.device)
+            scores, known = reader(rows) if isinstance(reader, TextReader) else reader(self.space, rows)
+            probabilities = scores[0]
+            if reader.threshold >= 0:
+                familiarity, threshold = float(known[0]), float(reader.threshold)
         if threshold is None and "threshold" not in self._lazy:
             self._lazy["threshold"] = None
             logger.warning(
@@ -124,9 +149,19 @@ class RequestsMixin:
         distances = (self.context.conditions.float() - self.normalize_condition(vector[None]).float()).square().sum(1)
         return (-distances / distances.mean().clamp(min=1e-12) * 4).softmax(0)
 
-    def _answer(self, vector: Tensor, text: str | None, on_unknown: str, strength: float) -> tuple[Tensor, float]:
+    @property
+    def _shown(self) -> str:
+        """What helps a generator that tells sentences apart with a task it does not know; nothing where its encoder has no part for it."""
+        parts = (self.config.encoder or {}).get("parts", {}) if self.text_reader is not None else {}
+        others = {"examples": "examples of it (examples=)", "images": "pictures of it (images=)"}
+        return " or ".join(words for name, words in others.items() if name in parts)
+
+    def _answer(
+        self, vector: Tensor, text: str | None, on_unknown: str, strength: float, **task: Unpack[TaskInputs]
+    ) -> tuple[Tensor, float]:
         """The task vector that a request is answered with, and the factor on dW; warns or raises as `on_unknown` says."""
-        if not self.hears or (self.reader is None and on_unknown == "warn"):
+        mute = self.reader is None and self.text_reader is None
+        if not self.can_read(text, **task) or (mute and on_unknown == "warn"):
             return vector, strength
         reading = self._read(vector)
         if self.reader is not None and self.space is not None:
@@ -139,11 +174,13 @@ class RequestsMixin:
         if reading.known:
             return vector, strength
         if on_unknown == "raise":
-            raise UnknownTaskError(f"{heard}. Ask for one of its tasks, or pass on_unknown='warn', 'shrink' or 'base'.")
+            instead = f", show it {self._shown}" if self._shown else ""
+            raise UnknownTaskError(f"{heard}. Ask for one of its tasks{instead}, or pass on_unknown='warn', 'shrink' or 'base'.")
         if on_unknown == "base":
             return vector, 0.0
+        instead = f"Show it {self._shown}: from these it makes adapters for other tasks too. " if self._shown else ""
         warnings.warn(
-            f"{heard}, and its adapter may do harm. on_unknown= 'shrink', 'base' or 'raise' do something else.",
+            f"{heard}, and its adapter may do harm. {instead}on_unknown= 'shrink', 'base' or 'raise' do something else.",
             UnknownTaskWarning,
             stacklevel=4,
         )

@@ -17,7 +17,7 @@ from ..tasks.annotated_images import crops
 from ..tasks.detection import DetectionTask
 from ..tasks.language_modeling import LanguageModelingTask
 
-HELD_OUT_PHRASINGS = 48  # of each task
+HELD_OUT_PHRASINGS, HELD_OUT_SENTENCES = 48, 4096  # of each task, and of all: of many tasks a few phrasings each are enough
 EVERY = 5  # of the collection's own vectors, each fifth is kept for the threshold, where a task has as many
 EXCERPTS, EXCERPT = 24, 400  # of a task's texts, and their characters
 CROPS = 64  # pictures of a task's objects
@@ -72,20 +72,48 @@ def training_conditions(
     if encoder is None or "text" not in encoder.accepts or not count or not any(sentences):
         return Conditions(rows, held_out, own[0][:0])
     for index, own_sentences in enumerate(sentences):
-        if not own_sentences:
-            continue
-        if len(own_sentences) < count:
+        if own_sentences and len(own_sentences) < count:
             said = _say(own_sentences, count - len(own_sentences), seed)
-            rows[index] = torch.cat([rows[index], encoder.encode(said)])
-        if threshold:
-            said = _say(own_sentences, HELD_OUT_PHRASINGS, seed, held_out=True)
-            held_out[index] = torch.cat([held_out[index], encoder.encode(said)])
+            rows[index] = torch.cat([rows[index], encoder.read("text", said)])
     if not threshold:
         return Conditions(rows, held_out, own[0][:0])
-    known = F.normalize(encoder.encode([sentence for task in sentences for sentence in task]), dim=1)
-    others = encoder.encode([*foreign(seed), *foreign(seed, held_out=True)])
-    far = (F.normalize(others, dim=1) @ known.T).amax(1) < ALIKE
-    return Conditions(rows, held_out, others[far])
+    said_otherwise, others = unheard(sentences, encoder, seed)
+    return Conditions(rows, [torch.cat(both) for both in zip(held_out, said_otherwise, strict=True)], others)
+
+
+def unheard(sentences: list[list[str]], encoder: TaskEncoder, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+    """What nothing is trained on: the tasks in other frames, and requests for something else.
+
+    Args:
+        sentences (`list[list[str]]`): Of each task.
+        encoder (`TaskEncoder`): That reads text.
+        seed (`int`, defaults to 0): Of the phrasings.
+
+    Returns:
+        `tuple[list[Tensor], Tensor]`: `[h, d]` of each task, where h is some 48, fewer among more than 85 tasks, and 0 for a task without a
+        sentence; `[f, d]` of foreign requests, without those that are nearly a task's own sentence.
+    """
+    each = max(4, min(HELD_OUT_PHRASINGS, HELD_OUT_SENTENCES // len(sentences)))
+    own = encoder.read("text", [sentence for task in sentences for sentence in task])
+    held_out = [encoder.read("text", _say(task, each, seed, held_out=True)) if task else own[:0] for task in sentences]
+    others = encoder.read("text", [*foreign(seed), *foreign(seed, held_out=True)])
+    far = (F.normalize(others, dim=1) @ F.normalize(own, dim=1).T).amax(1) < ALIKE
+    return held_out, others[far]
+
+
+def sentences_of(descriptions: list[str], count: int, seed: int = 0) -> list[str]:
+    """A task's own sentences, and phrasings of them where they are fewer than `count`.
+
+    Args:
+        descriptions (`list[str]`): Its own.
+        count (`int`): Sentences that it should have.
+        seed (`int`, defaults to 0): Of the phrasings.
+
+    Returns:
+        `list[str]`
+    """
+    missing = count - len(descriptions)
+    return [*descriptions, *(_say(descriptions, missing, seed) if missing > 0 else [])]
 
 
 def _say(sentences: list[str], count: int, seed: int, held_out: bool = False) -> list[str]:
@@ -112,8 +140,7 @@ def task_conditions(task: Any, encoder: TaskEncoder, count: int, seed: int = 0) 
     for argument in encoder.accepts:
         items: list[Any] = []
         if argument == "text":
-            missing = count - len(task.descriptions)
-            items = [*task.descriptions, *(_say(task.descriptions, missing, seed) if missing > 0 else [])]
+            items = sentences_of(task.descriptions, count, seed)
         elif argument == "examples" and isinstance(task, LanguageModelingTask):
             items = excerpts(task.train_texts, EXCERPTS)
         elif argument == "images" and isinstance(task, DetectionTask):

@@ -18,6 +18,7 @@ from ..generator.modeling_icm import ICMGenerator
 from .arguments import ICMTrainingArguments
 from .conditions import Conditions, training_conditions
 from .episodes import EpisodeDataset, EpisodeSampler, held_out_mask
+from .reading import indices, threshold_facts
 
 logger = logging.getLogger(__name__)
 
@@ -209,8 +210,7 @@ def fit(generator: ICMGenerator, parameters: Tensor, conditions: Conditions) -> 
     Returns:
         `dict[str, Any]`: Of the threshold, for the card; empty where none is fitted.
     """
-    indices = [torch.full((len(part),), index) for index, part in enumerate(conditions.rows)]
-    rows, tasks = torch.cat(conditions.rows), torch.cat(indices)
+    rows, tasks = torch.cat(conditions.rows), indices(conditions.rows)
     generator.fit(parameters, rows, tasks)
     if generator.reader is None or generator.space is None:
         logger.warning("condition_space is 'none' or there is one task: no threshold is fitted, the generator takes any request for known.")
@@ -218,16 +218,8 @@ def fit(generator: ICMGenerator, parameters: Tensor, conditions: Conditions) -> 
     held = torch.cat(conditions.held_out)
     if not len(held):
         logger.warning("No task vector is held out (fewer than five of each task, no encoder that reads text): no threshold is fitted.")
-    held_tasks = torch.cat([torch.full((len(part),), index) for index, part in enumerate(conditions.held_out)])
-    generator.reader.fit(generator.space, rows, tasks, held, held_tasks, conditions.foreign)
+    generator.reader.fit(generator.space, rows, tasks, held, indices(conditions.held_out), conditions.foreign)
     if not len(held):
         return {}
-    _, familiarity = generator.reader(generator.space, torch.cat([held, conditions.foreign]))
-    known = familiarity >= generator.reader.threshold
-    return {
-        "familiarity_threshold": round(float(generator.reader.threshold), 4),
-        "held_out_phrasings": len(held),
-        "held_out_phrasings_read": round(float(known[: len(held)].float().mean()), 4),
-        "foreign_requests": len(conditions.foreign),
-        "foreign_requests_read": round(float(known[len(held) :].float().mean()), 4) if len(conditions.foreign) else None,
-    }
+    known, foreign = (generator.reader(generator.space, part)[1] for part in (held, conditions.foreign))
+    return threshold_facts(generator.reader, known, foreign)

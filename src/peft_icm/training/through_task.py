@@ -27,6 +27,7 @@ from ..tasks.detection import DetectionTask
 from .arguments import ICMTrainingArguments
 from .conditions import task_conditions
 from .episodes import seeded
+from .reading import fit_text_reader
 
 EVALUATED = 16  # examples of each task that nothing is trained on
 
@@ -162,10 +163,14 @@ class ThroughTask:
                 has, reads = ("pictures", "texts") if isinstance(task, DetectionTask) else ("texts", "pictures")
                 raise ValueError(f"Task {task.name!r} has {has}, the base {self.base.name_or_path} reads {reads}: take another base.")
         vectors = [task_conditions(task, encoder, args.phrasings, args.seed) for task in self.tasks]
+        self.reading: dict[str, Any]
         if isinstance(model, ICMGenerator):
-            self.generator = model
+            self.generator, self.reading = model, (model.config.training or {}).get("reading", {})
         else:
             self.generator = new_task_generator(model or ICMConfig(), self.base, lora_config, encoder, self.tasks, vectors, args.seed)
+            reader, sentences = self.generator.text_reader, [task.descriptions for task in self.tasks]
+            said = [groups[0] for groups in vectors]  # of what can be given, text stands first
+            self.reading = fit_text_reader(reader, encoder, sentences, said, args.seed) if reader is not None else {}
         self.generator.encoder = encoder
         self.lora = PerSampleLora(self.base, self.generator.layout)
         self.base.requires_grad_(False).eval()
@@ -253,6 +258,7 @@ class ThroughTask:
         ]
         return {
             "tasks": len(self.tasks),
+            "reading": self.reading,
             "metrics": [
                 {
                     "type": name,
@@ -290,8 +296,10 @@ def new_task_generator(
         [`ICMGenerator`]
 
     Raises:
-        `ValueError`: If there is no LoRA configuration.
+        `ValueError`: If there is no LoRA configuration, or the config has a condition space.
     """
+    if config.reads:
+        raise ValueError(f"condition_space={config.condition_space!r} is fitted on a collection of LoRAs: objective='task' has none.")
     if lora_config is None:
         raise ValueError("objective='task' needs lora_config=, such as LoraConfig(r=4, target_modules=['q_proj', 'v_proj']).")
     torch.manual_seed(seed)
@@ -310,6 +318,7 @@ def new_task_generator(
         "condition_dim": encoder.dim,
         "tasks": [{"name": task.name, "description": task.descriptions[0]} for task in tasks],
         "context": False,
+        "text_reader": "text" in encoder.accepts and len(tasks) > 1,
     }
     generator = ICMGenerator(ICMConfig(**values))
     generator.statistics.fit_conditions(torch.cat([row for groups in vectors for row in groups]))
