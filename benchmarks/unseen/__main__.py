@@ -40,7 +40,7 @@ import demo_open  # noqa: E402 - it lies there
 PICTURES = (1, 4, 8)
 SHOWN = 40  # test scenes of a class at the most, and as many without it
 FEW, STEPS = (4, 16, 64), 120  # scenes; steps of what `adapt` is compared with
-SCRATCH, FREELY, CONDITION = 1e-2, 1e-3, 3e-2  # learning rates of the rivals of `adapt`, the best of three each on calendar
+SCRATCH, FREELY, CONDITION = 1e-2, 1e-3, 3e-2  # learning rates of what `adapt` is compared with; tried on classes that choose settings
 OWN, OWN_RATES = ((64, 120), (64, 400), (1000, 400)), (3e-3, 1e-2)  # scenes and steps of a LoRA of its own
 
 
