@@ -38,7 +38,7 @@ EXCERPTS = (1, 8)
 EXAMPLES, BLOCK, STEPS = 16, 128, 120  # of `adapt` and its rivals
 RATES = (3e-4, 1e-3, 3e-3)
 CHOSEN = {"LoRA from scratch": 3e-3, "start tuned freely": 1e-3, "rival tuned freely": 1e-3}  # of those, on four tasks of `choose`
-SEEN, PASSAGES = 12, 5  # trained tasks, for comparison; held-out passages of each task, of 2,000 characters at the most
+SEEN, PASSAGES = 8, 3  # trained tasks, for comparison; held-out passages of each task, of 2,000 characters at the most
 SHIFT = 7  # whose excerpts are the wrong ones
 
 
