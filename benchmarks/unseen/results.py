@@ -20,13 +20,14 @@ Row = dict[str, float | str]
 """Of one task: its kind under `kind`, and numbers by what was given or done."""
 
 
-def write(name: str, rows: dict[str, Row], unit: str) -> None:
+def write(name: str, rows: dict[str, Row], unit: str, unplotted: str | None = None) -> None:
     """Write results/NAME.json and .png, and print the means.
 
     Args:
         name (`str`): Of the files.
         rows (`dict[str, Row]`): By task.
         unit (`str`): What the numbers are.
+        unplotted (`str`, *optional*): A column that is in another unit.
     """
     means: dict[str, dict[str, float]] = {}
     errors: dict[str, dict[str, float]] = {}
@@ -51,6 +52,6 @@ def write(name: str, rows: dict[str, Row], unit: str) -> None:
     file.write_text(
         json.dumps({"run": run, "unit": unit, "mean": means, "standard error": errors, "tasks": rounded}, indent=1) + "\n", encoding="utf-8"
     )
-    columns = list(dict.fromkeys(column for row in means.values() for column in row))
+    columns = list(dict.fromkeys(column for row in means.values() for column in row if column != unplotted))
     plot_bars(columns, {kind: [row.get(column, 0.0) for column in columns] for kind, row in means.items()}, unit, file.with_suffix(".png"))
     print(json.dumps({"mean": means, "standard error": errors}, indent=1))
