@@ -8,7 +8,8 @@
     python -m benchmarks.reading nouns-once             # the same against the 40 unseen nouns and the requests of `once`
     python -m benchmarks.reading ablation --build build # text generators of every condition space, and of one sentence a task, on choose
 
-Writes results/SET_NAME.json and .png. `share` is of the own LoRAs' gain (nats per token, AP50) on held-out data; a request that no task
+Writes results/SET_NAME.json and .png, of the ablation the JSON alone.
+`share` is of the own LoRAs' gain (nats per token, AP50) on held-out data; a request that no task
 answers is scored on one task, in turn. "retrieved" is the own LoRA of the task that the same generator heard, under the same threshold.
 """
 

@@ -36,8 +36,7 @@ from demo_language_generator import language_tasks
 
 EXCERPTS = (1, 8)
 EXAMPLES, BLOCK, STEPS = 16, 128, 120  # of `adapt` and its rivals
-RATES = (3e-4, 1e-3, 3e-3)
-CHOSEN = {"LoRA from scratch": 3e-3, "start tuned freely": 1e-3, "rival tuned freely": 1e-3}  # of those, on four tasks of `choose`
+RATES = (1e-3, 3e-3)
 SEEN, PASSAGES = 8, 3  # trained tasks, for comparison; held-out passages of each task, of 2,000 characters at the most
 RIVAL = "rival (nats per token)"  # the others are gains over it
 SHIFT = 7  # whose excerpts are the wrong ones
@@ -85,7 +84,7 @@ class LanguageWorld:
         return [blocks[index] for index in random.Random(1).sample(range(len(blocks)), count)]
 
 
-def conditions(world: LanguageWorld, search: bool) -> dict[str, Row]:
+def conditions(world: LanguageWorld) -> dict[str, Row]:
     """Gain over the rival by task, and by what was given."""
     rows: dict[str, Row] = {}
     generator = world.generator
@@ -108,7 +107,7 @@ def conditions(world: LanguageWorld, search: bool) -> dict[str, Row]:
     return rows
 
 
-def few(world: LanguageWorld, search: bool) -> dict[str, Row]:
+def few(world: LanguageWorld) -> dict[str, Row]:
     """Gain over the rival by task, from 16 blocks of 128 tokens: `adapt` against what else can be done with them."""
     rows: dict[str, Row] = {}
     generator = world.generator
@@ -118,7 +117,7 @@ def few(world: LanguageWorld, search: bool) -> dict[str, Row]:
         adapted = generator.adapt(labelled=examples, base_model=load_base(generator.layout, world.base_folder, None), examples=pieces)
         vectors = {"start": start, "adapt": flat(generator.layout, adapted)}
         for name, at in (("LoRA from scratch", None), ("start tuned freely", start), ("rival tuned freely", world.rival)):
-            for rate in RATES if search else (CHOSEN[name],):
+            for rate in RATES:
                 vectors[f"{name}, {rate:g}"] = train_lora(generator.layout, world.base_folder, examples, STEPS, rate, at)
         rival = world.score(task, world.rival)
         rows[task.name] = {"kind": "unseen", **{name: rival - world.score(task, vector) for name, vector in vectors.items()}}
@@ -138,7 +137,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the results; by default language_PART")
     args = parser.parse_args()
     world = LanguageWorld(args.build, args.split, args.tasks)
-    rows = PARTS[args.part](world, args.split == "choose")
+    rows = PARTS[args.part](world)
     for name, group in world.groups.items():
         rows[name]["what is new"] = group
     write(args.name or f"language_{args.part}", rows, "gain over one LoRA for all (nats per token)", RIVAL)

@@ -1,4 +1,4 @@
-"""What both bundles need: a generator trained on a collection, and the folder that the package carries."""
+"""What several worlds need: a generator trained on a collection or through its tasks, and the folder that the package carries."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
 from peft_icm import AdapterCollection, AdapterLayout, ICMConfig, ICMGenerator, ICMTrainer, ICMTrainingArguments
-from peft_icm.conditioning import ClipEncoder
+from peft_icm.conditioning import ClipEncoder, JoinedEncoder, StatisticsEncoder
 
 BUNDLED = Path(__file__).parents[2] / "src" / "peft_icm" / "bundled"
 EPOCHS = 1200
 PHRASINGS = 240  # of each task, round its own sentences
+TASK_PHRASINGS = 24  # the same, of the many tasks of `task_trainer`
 
 
 def train_generator(
@@ -42,6 +44,47 @@ def train_generator(
     trainer = ICMTrainer(config, args, collection=adapters, encoder=clip)
     trainer.train()
     trainer.generator.save_pretrained(folder)
+
+
+def task_trainer(build: Path, out: str, base: Any, folder: str, reads: str, lora: dict[str, Any], **settings: Any) -> ICMTrainer:
+    """A trainer through the loss of tasks, on sentences beside what else shows a task.
+
+    Args:
+        build (`Path`): With `encoder/` and the base.
+        out (`str`): The generator's folder in it; checkpoints go to `OUT.work/`.
+        base (`PreTrainedModel`): Lent.
+        folder (`str`): Where it lies in `build`.
+        reads (`str`): `"images"` or `"examples"`.
+        lora (`dict`): Of the adapters.
+        **settings: `tasks` and `eval_tasks`; the rest is for [`ICMTrainingArguments`].
+    """
+    tasks, eval_tasks = settings.pop("tasks"), settings.pop("eval_tasks")
+    args = ICMTrainingArguments(
+        output_dir=str(build / f"{out}.work"),
+        objective="task",
+        lr_scheduler_type="cosine",
+        max_handful=8,
+        condition_noise=0.3,
+        phrasings=TASK_PHRASINGS,
+        bf16=True,
+        use_cpu=True,
+        eval_strategy="steps",
+        save_strategy="steps",
+        save_total_limit=1,
+        logging_steps=50,
+        report_to="none",
+        **settings,
+    )
+    parts = {"text": ClipEncoder.from_pretrained(str(build / "encoder")), reads: StatisticsEncoder.from_pretrained(str(build / folder))}
+    return ICMTrainer(
+        ICMConfig(hidden_size=384, num_components=64, latent_size=8),
+        args,
+        encoder=JoinedEncoder(parts),
+        tasks=tasks,
+        eval_tasks=eval_tasks,
+        base_model=base,
+        lora_config=LoraConfig(**lora),
+    )
 
 
 def write_bundle(name: str, generator: Path, collection: Path, tasks: Sequence[Any]) -> Path:

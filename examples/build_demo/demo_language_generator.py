@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo_bundle import task_trainer
 from demo_language import split
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from peft_icm import ICMConfig, ICMGenerator, ICMTrainer, ICMTrainingArguments
-from peft_icm.conditioning import ClipEncoder, JoinedEncoder, StatisticsEncoder
+from peft_icm import ICMGenerator
 from peft_icm.tasks.language_modeling import LanguageModelingTask, load_tasks
 from peft_icm.training.conditions import excerpts
 
@@ -88,43 +88,24 @@ def language_shared(build: Path) -> None:
 
 def language_generator(build: Path) -> None:
     """Train through the loss of the tasks, from the LoRA for all of them."""
-    args = ICMTrainingArguments(
-        output_dir=str(build / "language_generator.work"),
-        objective="task",
+    base = AutoModelForCausalLM.from_pretrained(build / "base_model", dtype=torch.float32)
+    trainer = task_trainer(
+        build,
+        "language_generator",
+        base,
+        "base_model",
+        "examples",
+        LORA,
+        tasks=language_tasks(build, "train"),
+        eval_tasks=language_tasks(build, "choose"),
         max_steps=STEPS,
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=32,
         learning_rate=RATE,
-        lr_scheduler_type="cosine",
         warmup_steps=0.1,
-        max_handful=8,
-        condition_noise=0.3,
-        phrasings=24,
         dataset_kwargs={"block_size": BLOCK},
-        bf16=True,
-        use_cpu=True,
-        eval_strategy="steps",
         eval_steps=200,
-        save_strategy="steps",
         save_steps=200,
-        save_total_limit=1,
-        logging_steps=50,
-        report_to="none",
-    )
-    base = AutoModelForCausalLM.from_pretrained(build / "base_model", dtype=torch.float32)
-    trainer = ICMTrainer(
-        ICMConfig(hidden_size=384, num_components=64, latent_size=8),
-        args,
-        encoder=JoinedEncoder(
-            {
-                "text": ClipEncoder.from_pretrained(str(build / "encoder")),
-                "examples": StatisticsEncoder.from_pretrained(str(build / "base_model")),
-            }
-        ),
-        tasks=language_tasks(build, "train"),
-        eval_tasks=language_tasks(build, "choose"),
-        base_model=base,
-        lora_config=LoraConfig(**LORA),
     )
     shared = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(build / "base_model"), str(build / "language_shared"))
     start = trainer.generator.layout.flatten(get_peft_model_state_dict(shared, save_embedding_layers=False))

@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_bundle import BUNDLED, bundled_size
+from demo_bundle import BUNDLED, TASK_PHRASINGS, bundled_size, task_trainer
 from demo_detector import SCENE, STEP
 from demo_scenes import COLOUR_STYLES, GLYPH_STYLES, TEST_STYLES, Icon, Icons, photographs, scenes, write_coco
-from peft import LoraConfig
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
-from peft_icm import ICMConfig, ICMGenerator, ICMTrainer, ICMTrainingArguments
-from peft_icm.conditioning import ClipEncoder, JoinedEncoder, StatisticsEncoder
+from peft_icm import ICMConfig, ICMGenerator
 from peft_icm.generator.text_reading import TextReader
 from peft_icm.tasks.annotated_images import AnnotatedImage, crops, load_coco
 from peft_icm.tasks.detection import DetectionTask
@@ -37,7 +35,7 @@ TRAIN_SCENES, TEST_SCENES, CHOOSE_SCENES = 24_000, 2_400, 1_200
 
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": r".*language_model.*\.(q_proj|k_proj|v_proj|fc2)|lm_head"}
 DATA = {"location_step": STEP, "negatives": 2 / 3}
-STEPS, PHRASINGS = 3000, 24
+STEPS = 3000
 PRIOR_NOUNS, PRIOR_SCENES = SPLIT["choose"][::4], 112
 SHOWN, SHOWN_PICTURES, SHOWN_SCENES = (
     ("panda", "rocket", "camel", "trophy"),
@@ -182,42 +180,23 @@ def open_generator(build: Path) -> None:
         florence, AutoProcessor.from_pretrained(build / "florence"), load_coco(build / "open" / "train.json", build / "open" / "train")
     )
     tasks = open_tasks(build, [entry["name"] for entry in trained], "train")
-    args = ICMTrainingArguments(
-        output_dir=str(build / "open_generator.work"),
-        objective="task",
+    trainer = task_trainer(
+        build,
+        "open_generator",
+        florence,
+        "florence",
+        "images",
+        LORA,
+        tasks=[SeenTask(**vars(task), seen=seen) for task in tasks],
+        eval_tasks=open_tasks(build, SPLIT["choose"], "choose"),
         max_steps=STEPS,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=64,
         learning_rate=1e-3,
-        lr_scheduler_type="cosine",
         warmup_steps=0.05,
-        max_handful=8,
-        condition_noise=0.3,
-        phrasings=PHRASINGS,
         dataset_kwargs=DATA,
-        bf16=True,
-        use_cpu=True,
-        eval_strategy="steps",
         eval_steps=500,
-        save_strategy="steps",
         save_steps=500,
-        save_total_limit=1,
-        logging_steps=50,
-        report_to="none",
-    )
-    trainer = ICMTrainer(
-        ICMConfig(hidden_size=384, num_components=64, latent_size=8),
-        args,
-        encoder=JoinedEncoder(
-            {
-                "text": ClipEncoder.from_pretrained(str(build / "encoder")),
-                "images": StatisticsEncoder.from_pretrained(str(build / "florence")),
-            }
-        ),
-        tasks=[SeenTask(**vars(task), seen=seen) for task in tasks],
-        eval_tasks=open_tasks(build, SPLIT["choose"], "choose"),
-        base_model=florence,
-        lora_config=LoraConfig(**LORA),
     )
     trainer.train()
     trainer.generator.save_pretrained(build / "open_generator")
@@ -232,9 +211,9 @@ def open_prior(build: Path) -> None:
     held_out = []
     for noun in PRIOR_NOUNS:
         shown = crops(studio.draw(noun, 16, seed=1000), noun)[:8]
-        scenes_ = studio.draw(noun, PRIOR_SCENES, seed=2000)
-        task = SeenTask(**vars(DetectionTask(noun, [f"detect {spoken(noun)}"], noun, scenes_, [], answer=ANSWER)))
-        task.seen = look(florence, processor, scenes_)
+        drawn = studio.draw(noun, PRIOR_SCENES, seed=2000)
+        task = SeenTask(**vars(DetectionTask(noun, [f"detect {spoken(noun)}"], noun, drawn, [], answer=ANSWER)))
+        task.seen = look(florence, processor, drawn)
         held_out.append((generator.task_vector(images=shown), task.train_dataset(processor, location_step=STEP, negatives=10.0)))
     print(generator.fit_prior(held_out, florence, progress=True))
     generator.save_pretrained(build / "open_generator")
@@ -245,7 +224,7 @@ def open_reader(build: Path) -> None:
     generator = ICMGenerator.from_pretrained(build / "open_generator")
     training: dict[str, Any] = generator.config.training or {}
     sentences = [[task["description"]] for task in generator.config.tasks or []]
-    said = [generator.encoder.read("text", sentences_of(task, PHRASINGS, training["seed"])) for task in sentences]
+    said = [generator.encoder.read("text", sentences_of(task, TASK_PHRASINGS, training["seed"])) for task in sentences]
     generator.text_reader = TextReader(generator.config.text_dim, len(sentences))
     reading = fit_text_reader(generator.text_reader, generator.encoder, sentences, said, training["seed"])
     generator.config.text_reader, generator.config.training = True, {**training, "reading": reading}
