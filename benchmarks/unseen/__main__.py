@@ -3,7 +3,7 @@
     python -m benchmarks.unseen --build build conditions     # seen and unseen classes x text, 1, 4, 8 pictures, text and 8 pictures
     python -m benchmarks.unseen --build build rivals         # one LoRA for all, nearest class, soup, wrong and random conditions
     python -m benchmarks.unseen --build build own            # LoRAs of their own from 64 and 1,000 annotated scenes
-    python -m benchmarks.unseen --build build adapt          # 4, 16, 64 scenes: adapt, LoRA from scratch, the start tuned freely
+    python -m benchmarks.unseen --build build adapt          # 4, 16, 64 scenes: adapt, and what else can be done with them
     python -m benchmarks.unseen --build build latent         # what z does
 
 `build` is that of examples/build_demo/build_demo_models.py, with the stages up to `open-generator`; `--split choose` takes the classes that
@@ -24,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoProcessor
 
-from benchmarks.unseen.lora import flat, train_lora, tune_condition
+from benchmarks.unseen.lora import flat, mix, train_lora, tune_condition
 from benchmarks.unseen.results import Row, write
 from peft_icm import ICMGenerator
 from peft_icm.adapters import attach, load_base
@@ -40,7 +40,8 @@ import demo_open  # noqa: E402 - it lies there
 PICTURES = (1, 4, 8)
 SHOWN = 40  # test scenes of a class at the most, and as many without it
 FEW, STEPS = (4, 16, 64), 120  # scenes; steps of what `adapt` is compared with
-SCRATCH, FREELY, CONDITION = 1e-2, 1e-3, 3e-2  # learning rates of what `adapt` is compared with; tried on classes that choose settings
+RIVAL_RATES = {"LoRA from scratch": (3e-3, 1e-2), "start tuned freely": (1e-3, 3e-3), "condition alone": (1e-2, 3e-2)}  # all reported
+POOL = 20  # seen classes whose adapters LoraHub mixes
 OWN, OWN_RATES = ((64, 120), (64, 400), (1000, 400)), (3e-3, 1e-2)  # scenes and steps of a LoRA of its own
 
 
@@ -64,7 +65,8 @@ class World:
         self.studio = demo_open.Studio(build)
         # One unseen noun, orca, has no drawing in any style but those that are tested on.
         unseen = [noun for noun in (nouns["unseen"] if split == "test" else chosen["choose"]) if self.studio.of(noun)]
-        self.classes = {"unseen": unseen[:classes], "seen": chosen["tested"][:classes] if split == "test" else []}
+        self.trained = chosen["tested"]  # of those that the generator was trained on, the ones whose adapters are tested
+        self.classes = {"unseen": unseen[:classes], "seen": self.trained[:classes] if split == "test" else []}
         self.model: Any = self.generator.load_base()
         self.tested = {
             noun: [image for image in self.images if noun in image.labels][:SHOWN] for names in self.classes.values() for noun in names
@@ -162,24 +164,31 @@ def own(world: World, seeds: int) -> dict[str, Row]:
 
 
 def few(world: World, seeds: int) -> dict[str, Row]:
-    """AP50 by class from few scenes: adapt against LoRA from scratch, the start tuned freely, and a tuned condition."""
+    """AP50 by class from few scenes: adapt against LoRA from scratch, the start tuned freely, a tuned condition, and LoraHub.
+
+    No rate is chosen for a rival: each of its rates is reported, and the best of them is what `adapt` has to beat.
+    """
     generator = world.generator
     rows: dict[str, Row] = {}
+    pool = torch.stack([world.sample(images=world.pictures(noun, 8, 1)) for noun in world.trained[:POOL]])
     for noun in tqdm(world.classes["unseen"], desc="few examples"):
         pictures = world.pictures(noun, 8)
         start, vector = world.sample(images=pictures), generator.task_vector(images=pictures)
         row: Row = {"start": world.score(noun, start)}
         for count in FEW:
             examples = world.examples(noun, count)
-            base = load_base(generator.layout, str(world.base_folder), None)
-            adapted = generator.adapt(labelled=examples, base_model=base, images=pictures)
-            vectors = {
-                "adapt": flat(generator.layout, adapted),
-                "LoRA from scratch": world.own_lora(noun, count, STEPS, SCRATCH),
-                "start tuned freely": world.own_lora(noun, count, STEPS, FREELY, start),
-                "condition alone": tune_condition(generator, str(world.base_folder), vector, examples, STEPS, CONDITION),
-            }
-            row |= {f"{name}, {count}": world.score(noun, found) for name, found in vectors.items()}
+            adapted = generator.adapt(
+                labelled=examples, base_model=load_base(generator.layout, str(world.base_folder), None), images=pictures
+            )
+            row[f"adapt, {count}"] = world.score(noun, flat(generator.layout, adapted))
+            row[f"LoraHub, {count}"] = world.score(noun, mix(generator.layout, str(world.base_folder), examples, pool))
+            for name, rates in RIVAL_RATES.items():
+                for rate in rates:
+                    if name == "condition alone":
+                        found = tune_condition(generator, str(world.base_folder), vector, examples, STEPS, rate)
+                    else:
+                        found = world.own_lora(noun, count, STEPS, rate, start if name == "start tuned freely" else None)
+                    row[f"{name} at {rate:g}, {count}"] = world.score(noun, found)
         rows[noun] = row
         print(json.dumps({noun: {name: round(float(value), 3) for name, value in row.items()}}), flush=True)
     return rows

@@ -20,6 +20,16 @@ Row = dict[str, float | str]
 """Of one task: its kind under `kind`, and numbers by what was given or done."""
 
 
+def provenance() -> dict[str, object]:
+    """The command that runs, its date, machine and versions."""
+    return {
+        "command": f"python -m {sys.modules['__main__'].__spec__.name.removesuffix('.__main__')} {' '.join(sys.argv[1:])}",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{torch.get_num_threads()} threads",
+        "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
+    }
+
+
 def write(name: str, rows: dict[str, Row], unit: str, unplotted: str | None = None) -> None:
     """Write results/NAME.json and .png, and print the means.
 
@@ -38,19 +48,14 @@ def write(name: str, rows: dict[str, Row], unit: str, unplotted: str | None = No
             means.setdefault(kind, {})[column] = round(statistics.mean(values), 4)
             if len(values) > 1:
                 errors.setdefault(kind, {})[column] = round(statistics.stdev(values) / math.sqrt(len(values)), 4)
-    run = {
-        "command": f"python -m {sys.modules['__main__'].__spec__.name.removesuffix('.__main__')} {' '.join(sys.argv[1:])}",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{torch.get_num_threads()} threads",
-        "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
-    }
     rounded = {
         task: {name: value if isinstance(value, str) else round(value, 4) for name, value in row.items()} for task, row in rows.items()
     }
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
     file.write_text(
-        json.dumps({"run": run, "unit": unit, "mean": means, "standard error": errors, "tasks": rounded}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({"run": provenance(), "unit": unit, "mean": means, "standard error": errors, "tasks": rounded}, indent=1) + "\n",
+        encoding="utf-8",
     )
     columns = list(dict.fromkeys(column for row in means.values() for column in row if column != unplotted))
     plot_bars(columns, {kind: [row.get(column, 0.0) for column in columns] for kind, row in means.items()}, unit, file.with_suffix(".png"))

@@ -46,19 +46,35 @@ def train_generator(
     trainer.generator.save_pretrained(folder)
 
 
-def task_trainer(build: Path, out: str, base: Any, folder: str, reads: str, lora: dict[str, Any], **settings: Any) -> ICMTrainer:
-    """A trainer through the loss of tasks, on sentences beside what else shows a task.
+def task_encoder(build: Path, folder: str, reads: str) -> JoinedEncoder:
+    """What hears sentences, and what a base makes of pictures or examples.
 
     Args:
         build (`Path`): With `encoder/` and the base.
-        out (`str`): The generator's folder in it; checkpoints go to `OUT.work/`.
-        base (`PreTrainedModel`): Lent.
-        folder (`str`): Where it lies in `build`.
+        folder (`str`): The base's, in `build`.
         reads (`str`): `"images"` or `"examples"`.
-        lora (`dict`): Of the adapters.
-        **settings: `tasks` and `eval_tasks`; the rest is for [`ICMTrainingArguments`].
     """
-    tasks, eval_tasks = settings.pop("tasks"), settings.pop("eval_tasks")
+    return JoinedEncoder(
+        {"text": ClipEncoder.from_pretrained(str(build / "encoder")), reads: StatisticsEncoder.from_pretrained(str(build / folder))}
+    )
+
+
+def task_trainer(
+    build: Path, out: str, base: Any, encoder: JoinedEncoder, lora: dict[str, Any], tasks: Sequence[Any], **settings: Any
+) -> ICMTrainer:
+    """A trainer through the loss of tasks.
+
+    Args:
+        build (`Path`): Where checkpoints go, to `OUT.work/`.
+        out (`str`): The generator's folder in it.
+        base (`PreTrainedModel`): Lent.
+        encoder ([`JoinedEncoder`]): Of [`task_encoder`].
+        lora (`dict`): Of the adapters.
+        tasks (`Sequence[Task]`): What is trained on.
+        **settings: `eval_tasks`, evaluated and saved each `eval_steps`; the rest is for [`ICMTrainingArguments`].
+    """
+    eval_tasks = settings.pop("eval_tasks", [])
+    strategy = "steps" if eval_tasks else "no"
     args = ICMTrainingArguments(
         output_dir=str(build / f"{out}.work"),
         objective="task",
@@ -68,18 +84,18 @@ def task_trainer(build: Path, out: str, base: Any, folder: str, reads: str, lora
         phrasings=TASK_PHRASINGS,
         bf16=True,
         use_cpu=True,
-        eval_strategy="steps",
-        save_strategy="steps",
+        eval_strategy=strategy,
+        save_strategy=strategy,
+        save_steps=settings.get("eval_steps", 500),
         save_total_limit=1,
         logging_steps=50,
         report_to="none",
         **settings,
     )
-    parts = {"text": ClipEncoder.from_pretrained(str(build / "encoder")), reads: StatisticsEncoder.from_pretrained(str(build / folder))}
     return ICMTrainer(
         ICMConfig(hidden_size=384, num_components=64, latent_size=8),
         args,
-        encoder=JoinedEncoder(parts),
+        encoder=encoder,
         tasks=tasks,
         eval_tasks=eval_tasks,
         base_model=base,

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_bundle import task_trainer
+from demo_bundle import task_encoder, task_trainer
 from demo_language import split
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from peft_icm import ICMGenerator
+from peft_icm import ICMGenerator, ICMTrainer
+from peft_icm.conditioning import JoinedEncoder
 from peft_icm.tasks.language_modeling import LanguageModelingTask, load_tasks
 from peft_icm.training.conditions import excerpts
 
@@ -86,30 +87,45 @@ def language_shared(build: Path) -> None:
     shared_lora(build, "language_rival", STEPS, seed=1, start="language_shared")
 
 
-def language_generator(build: Path) -> None:
-    """Train through the loss of the tasks, from the LoRA for all of them."""
+def language_trainer(build: Path, out: str, encoder: JoinedEncoder, tasks: list[LanguageModelingTask], **settings: Any) -> ICMTrainer:
+    """A trainer through the loss of tasks, whose generator begins with the LoRA for all of them.
+
+    Args:
+        build (`Path`): With `language/`, `language_shared/` and `base_model/`.
+        out (`str`), encoder ([`JoinedEncoder`]), tasks (`list[LanguageModelingTask]`), **settings: See [`task_trainer`].
+    """
     base = AutoModelForCausalLM.from_pretrained(build / "base_model", dtype=torch.float32)
     trainer = task_trainer(
         build,
-        "language_generator",
+        out,
         base,
-        "base_model",
-        "examples",
+        encoder,
         LORA,
-        tasks=language_tasks(build, "train"),
-        eval_tasks=language_tasks(build, "choose"),
-        max_steps=STEPS,
+        tasks,
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=32,
         learning_rate=RATE,
         warmup_steps=0.1,
         dataset_kwargs={"block_size": BLOCK},
-        eval_steps=200,
-        save_steps=200,
+        **settings,
     )
     shared = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(build / "base_model"), str(build / "language_shared"))
     start = trainer.generator.layout.flatten(get_peft_model_state_dict(shared, save_embedding_layers=False))
     trainer.generator.network.fit(start[None])
+    return trainer
+
+
+def language_generator(build: Path) -> None:
+    """Train through the loss of the tasks, from the LoRA for all of them."""
+    trainer = language_trainer(
+        build,
+        "language_generator",
+        task_encoder(build, "base_model", "examples"),
+        language_tasks(build, "train"),
+        eval_tasks=language_tasks(build, "choose"),
+        max_steps=STEPS,
+        eval_steps=200,
+    )
     trainer.train()
     trainer.generator.save_pretrained(build / "language_generator")
 

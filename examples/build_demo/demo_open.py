@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_bundle import BUNDLED, TASK_PHRASINGS, bundled_size, task_trainer
+from demo_bundle import BUNDLED, TASK_PHRASINGS, bundled_size, task_encoder, task_trainer
 from demo_detector import SCENE, STEP
 from demo_scenes import COLOUR_STYLES, GLYPH_STYLES, TEST_STYLES, Icon, Icons, photographs, scenes, write_coco
 from torch import Tensor
@@ -184,10 +184,9 @@ def open_generator(build: Path) -> None:
         build,
         "open_generator",
         florence,
-        "florence",
-        "images",
+        task_encoder(build, "florence", "images"),
         LORA,
-        tasks=[SeenTask(**vars(task), seen=seen) for task in tasks],
+        [SeenTask(**vars(task), seen=seen) for task in tasks],
         eval_tasks=open_tasks(build, SPLIT["choose"], "choose"),
         max_steps=STEPS,
         per_device_train_batch_size=64,
@@ -196,7 +195,6 @@ def open_generator(build: Path) -> None:
         warmup_steps=0.05,
         dataset_kwargs=DATA,
         eval_steps=500,
-        save_steps=500,
     )
     trainer.train()
     trainer.generator.save_pretrained(build / "open_generator")
