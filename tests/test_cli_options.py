@@ -27,6 +27,38 @@ def test_defaults_are_those_of_the_dataclasses(monkeypatch):
     assert args.hidden_size == 99 and args.per_device_train_batch_size == 5
 
 
+def test_options_are_called_as_in_transformers_and_trl():
+    args = parse(
+        ["train", "c", "--output_dir", "o", "--per_device_train_batch_size=7", "--num_train_epochs", "3", "--report_to", "tensorboard"]
+    )
+    assert (args.output, args.per_device_train_batch_size, args.num_train_epochs, args.report_to) == ("o", 7, 3.0, ["tensorboard"])
+    assert parse(["train", "c", "-o", "o", "--batch-size", "7", "--epochs", "3"]).per_device_train_batch_size == 7
+    assert parse(["read", "g", "a_b --c_d"]).text == "a_b --c_d"  # values stay as they are
+
+
+@pytest.mark.parametrize("place", [["--debug", "read", "g", "t"], ["read", "--debug", "g", "t"]])
+def test_debug_stands_before_or_behind_the_verb(place):
+    assert parse(place).debug and not parse(["read", "g", "t"]).debug
+
+
+def test_bash_completes_verbs_and_options(tmp_path, capsys):
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "peft-icm.bash"
+    script.write_text(capsys.readouterr().out)
+
+    def complete(*words):
+        line = " ".join(words)
+        code = (
+            f"source {script}; COMP_WORDS=({' '.join(word or chr(39) * 2 for word in words)}); COMP_CWORD={len(words) - 1};"
+            f" COMP_LINE='{line}'; _shtab_peft_icm {words[0]} '{words[-1]}' '{words[-2]}'; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        )
+        return subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60).stdout.split()
+
+    assert complete("peft-icm", "gen") == ["generate"]
+    assert complete("peft-icm", "generate", "--on-unk") == ["--on-unknown"]
+    assert set(complete("peft-icm", "train", "--objective", "")) == {"reconstruction", "task"}
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], ["--nonsense"], ["dance"], ["generate", "--help"], ["demo", "--nonsense"]]
 )

@@ -37,20 +37,58 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog="peft-icm VERB --help tells the options of a verb.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("--version", action="version", version=__version__)
-    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _top_options(top)
     top.add_argument("verb", choices=VERBS, metavar="VERB", help="what to do")
     top.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     first = top.parse_args(argv)
-    run, options = VERBS[first.verb]
-    p = argparse.ArgumentParser(
-        prog=f"peft-icm {first.verb}", description=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(prog=f"peft-icm {first.verb}", **_about(first.verb))
+    _verb_options(p, first.verb)
+    p.set_defaults(debug=first.debug)
+    return p.parse_intermixed_args([_dashes(word) for word in first.rest])
+
+
+def completion(args: argparse.Namespace) -> dict[str, Any]:
+    """Print the completion script of a shell: eval "$(peft-icm completion bash)"."""
+    import shtab
+
+    top = argparse.ArgumentParser(prog="peft-icm")
+    _top_options(top)
+    verbs = top.add_subparsers()
+    for name, (run, _) in VERBS.items():
+        p = verbs.add_parser(name, help=run.__doc__, **_about(name))
+        _verb_options(p, name)
+        for action in p._actions:
+            if action.nargs != 0 and not action.choices and action.type in (None, str):
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    script = shtab.complete(top, args.shell)
+    cli_verbs.say(args, script)
+    return {"shell": args.shell, "script": script}
+
+
+VERBS["completion"] = (completion, cli_options.completion_options)
+
+
+def _top_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--version", action="version", version=__version__)
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _about(verb: str) -> dict[str, Any]:
+    return {"description": VERBS[verb][0].__doc__, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+
+
+def _verb_options(p: argparse.ArgumentParser, verb: str) -> None:
+    run, options = VERBS[verb]
     p.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else")
-    p.add_argument("--debug", action="store_true", default=first.debug, help="show the traceback of an error")
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options(p)
     p.set_defaults(run=run)
-    return p.parse_intermixed_args(first.rest)
+
+
+def _dashes(word: str) -> str:
+    """`--learning_rate=1e-3`, as transformers and trl write it, is `--learning-rate=1e-3`."""
+    option, equals, value = word.partition("=")
+    return f"{option.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
 
 
 class _Terminated(KeyboardInterrupt):

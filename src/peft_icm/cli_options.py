@@ -17,7 +17,7 @@ def demo_options(p: argparse.ArgumentParser) -> None:
     """Options of `peft-icm demo`."""
     p.add_argument("--task", choices=["text", "detection"], default="text", help="text: a Llama; detection: Florence-2, pictures")
     p.add_argument("--full", action="store_true", help="score all tasks, seeds and controls; takes minutes")
-    p.add_argument("-o", "--output", default="peft-icm-demo", help="folder for the adapter and the report")
+    p.add_argument("-o", "--output", "--output-dir", default="peft-icm-demo", help="folder for the adapter and the report")
 
 
 def collect_options(p: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def collect_options(p: argparse.ArgumentParser) -> None:
 
     p.add_argument("base_model", help="Hub id or folder of the base model")
     p.add_argument("--tasks", required=True, help="folder with tasks.json and its texts or annotated images")
-    p.add_argument("-o", "--output", required=True, help="folder of the collection; progress is kept in OUTPUT.work")
+    p.add_argument("-o", "--output", "--output-dir", required=True, help="folder of the collection; progress is kept in OUTPUT.work")
     _lora_options(p)
     p.add_argument("--blocks-per-epoch", type=int, help="blocks or images in an epoch, drawn anew in each; by default all")
     own = _fields(p, CollectingArguments)
@@ -65,7 +65,7 @@ def train_options(p: argparse.ArgumentParser) -> None:
     from .training.arguments import OBJECTIVES, ICMTrainingArguments
 
     p.add_argument("collection", nargs="?", help="folder or Hub id of an adapter collection; none with --objective task")
-    p.add_argument("-o", "--output", required=True, help="folder of the generator; checkpoints are kept in OUTPUT.work")
+    p.add_argument("-o", "--output", "--output-dir", required=True, help="folder of the generator; checkpoints are kept in OUTPUT.work")
     p.add_argument(
         "--tasks", help="folder of tasks: what --objective task learns; else of detection tasks, whose pictures the encoder sees too"
     )
@@ -95,6 +95,7 @@ def train_options(p: argparse.ArgumentParser) -> None:
     own("--max-handful", "max_handful", "sentences, pictures or examples in a condition, at the most")
     own("--condition-noise", "condition_noise", "noise on a condition")
     own("--phrasings", "phrasings", "sentences that each task should have; one with fewer gets phrasings of those it has; 0 for none")
+    p.add_argument("--report-to", nargs="+", default="none", help="where the log goes too: tensorboard, trackio, wandb, all, none")
     p.add_argument("--seed", type=int, default=0, help="seed of weights and episodes")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT.work")
     _token(p)
@@ -110,7 +111,8 @@ def _fields(p: argparse.ArgumentParser, source: Callable[..., Any]) -> Callable[
 
     def add(option: str, name: str, about: str, **kwargs: Any) -> None:
         default = getattr(source, name) if isinstance(source, type) else inspect.signature(source).parameters[name].default
-        p.add_argument(option, dest=name, default=default, help=about, **{"type": type(default), **kwargs})
+        own = f"--{name.replace('_', '-')}"  # so that a command for transformers' or trl's Trainer reads as it is
+        p.add_argument(*dict.fromkeys((option, own)), dest=name, default=default, help=about, **{"type": type(default), **kwargs})
         defaults.setdefault(source, []).append(name)
 
     p.set_defaults(fields=defaults)
@@ -140,7 +142,7 @@ def read_options(p: argparse.ArgumentParser) -> None:
 def generate_options(p: argparse.ArgumentParser) -> None:
     """Options of `peft-icm generate`."""
     _request_options(p)
-    p.add_argument("-o", "--output", required=True, help="folder of the adapter")
+    p.add_argument("-o", "--output", "--output-dir", required=True, help="folder of the adapter")
     p.add_argument(
         "--on-unknown",
         choices=("warn", "shrink", "base", "raise"),
@@ -159,7 +161,7 @@ def adapt_options(p: argparse.ArgumentParser) -> None:
 
     p.add_argument("generator", help="Hub id or folder of a generator that was trained with --objective task")
     p.add_argument("--tasks", required=True, help="folder with tasks.json and its annotated images or texts: the labelled examples")
-    p.add_argument("-o", "--output", required=True, help="folder of the adapters, one in a folder of its own for each task")
+    p.add_argument("-o", "--output", "--output-dir", required=True, help="folder of the adapters, one in a folder of its own for each task")
     p.add_argument("--base-model", help="Hub id or folder of the base; by default the generator's own")
     p.add_argument("--pictures", type=int, default=8, help="detection: cut-outs of a class's objects that are shown to the generator")
     own = _fields(p, AdaptingMixin.adapt)
@@ -184,6 +186,11 @@ def evaluate_options(p: argparse.ArgumentParser) -> None:
     )
     _token(p)
     p.add_argument("-o", "--output", help="JSON file of the report; a plot is drawn beside it")
+
+
+def completion_options(p: argparse.ArgumentParser) -> None:
+    """Options of `peft-icm completion`."""
+    p.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="whose script is printed")
 
 
 def push_options(p: argparse.ArgumentParser) -> None:
