@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
+from peft_icm import AdapterCollection, ICMGenerator
 from peft_icm.bundled import bundled_folder
 from peft_icm.tasks import load_tasks
 from peft_icm.tasks.language_modeling import nll
@@ -18,8 +20,8 @@ from peft_icm.tasks.language_modeling import nll
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(script, folder, *arguments):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+def run(script, folder, *arguments, **environment):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
     command = [sys.executable, str(EXAMPLES / script), *arguments]
     finished = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=500)
     assert finished.returncode == 0, finished.stderr[-3000:]
@@ -79,3 +81,17 @@ def test_reproduction_data_names_its_parts(tmp_path):
     output = run("reproduction_data.py", tmp_path, "--help")
     assert all(part in output for part in ("text", "detection", "smollm2"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hub", ["lfs"], indirect=True)
+def test_hf_jobs_train_pulls_a_collection_and_pushes_a_generator(hub, token, tmp_path):
+    AdapterCollection.from_pretrained(bundled_folder("text") / "own").push_to_hub("me/loras", token=token)
+    options = ["--epochs", "2", "--phrasings", "8", "--encoder", "bundled:text"]
+    run(
+        "hf_jobs_train.py", tmp_path, "me/loras", "me/generator", *options, HF_HUB_OFFLINE="0", HF_TOKEN=token, HF_HOME=str(tmp_path / "hf")
+    )
+    generator = ICMGenerator.from_pretrained("me/generator", token=token)
+    assert hub.repos["models", "me/generator"].private and len(generator.config.tasks) == 18
+    header = (EXAMPLES / "hf_jobs_train.py").read_text().split("# /// script\n")[1].split("# ///")[0]
+    assert tomllib.loads(header.replace("# ", ""))["dependencies"] == ["peft-icm"]  # PEP 723
