@@ -307,15 +307,15 @@ class TestAdapting:
         vector = generator.task_vector(**self.given(world))
         before = float(generator.network.prior_strength)
         try:
-            gains = generator.fit_prior([(vector, rows)], counts=(2,), strengths=(1.0, 1e4), steps=4)
+            gains = generator.fit_prior([(vector, rows[:2], rows[2:])], counts=(2,), strengths=(1.0, 1e4), steps=4)
             assert gains[1e4] != gains[1.0]
             assert float(generator.network.prior_strength) == max(gains, key=gains.get)
             generator.save_pretrained(tmp_path)
             assert float(ICMGenerator.from_pretrained(tmp_path).network.prior_strength) == float(generator.network.prior_strength)
         finally:
             generator.network.prior_strength.fill_(before)
-        with pytest.raises(ValueError, match="A task has 3 examples: more than 4 are needed"):
-            generator.fit_prior([(vector, rows)], counts=(2, 4))
+        with pytest.raises(ValueError, match="A task has 3 examples and 3 others: 4 and 1 are needed"):
+            generator.fit_prior([(vector, rows, rows)], counts=(2, 4))
 
     def test_wrong_input(self, trained, name):
         generator, world = trained[name]

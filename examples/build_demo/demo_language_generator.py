@@ -5,6 +5,7 @@ Nothing is trained on the tasks under `choose` and `unseen` of language_split.js
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from peft_icm.training.conditions import excerpts
 
 BLOCK, BATCH = 128, 16
 SHARED_STEPS, STEPS = 600, 1200  # of the LoRA for all that both begin with; of the generator, and of that LoRA as its rival
-PRIOR_TASKS, PRIOR_EXCERPTS, PRIOR_BLOCKS = 4, 8, 32  # of `choose`
+PRIOR_TASKS, PRIOR_EXCERPTS, PRIOR_BLOCKS = 4, 8, 16  # of `choose`; blocks to learn from, and as many that tell
 SHARED_RATE, RATE = 2e-3, 3e-4  # at 1e-3 the loss of the generator rose for the first half of the training
 LORA: dict[str, Any] = {
     "r": 2,
@@ -131,15 +132,14 @@ def language_generator(build: Path) -> None:
 
 
 def language_prior(build: Path) -> None:
-    """Fit the weight of the generator as a prior of 16 blocks of text, on some of the tasks that choose settings."""
+    """Fit the weight of the generator as a prior of 16 blocks of text, on tasks that choose settings; their held-out texts tell."""
     generator = ICMGenerator.from_pretrained(build / "language_generator")
     base = AutoModelForCausalLM.from_pretrained(build / "base_model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(build / "base_model")
     held_out = []
     for task in language_tasks(build, "choose")[1 :: 16 // PRIOR_TASKS]:
-        blocks = task.train_dataset(tokenizer, block_size=BLOCK)
-        spread = torch.linspace(0, len(blocks) - 1, PRIOR_BLOCKS).long().tolist()
-        vector = generator.task_vector(examples=excerpts(task.train_texts, PRIOR_EXCERPTS))
-        held_out.append((vector, [blocks[index] for index in spread]))
-    print(generator.fit_prior(held_out, base, counts=(16,), progress=True))
+        blocks, others = (each.train_dataset(tokenizer, block_size=BLOCK) for each in (task, replace(task, train_texts=task.test_texts)))
+        parts = [[part[round(index)] for index in torch.linspace(0, len(part) - 1, PRIOR_BLOCKS).tolist()] for part in (blocks, others)]
+        held_out.append((generator.task_vector(examples=excerpts(task.train_texts, PRIOR_EXCERPTS)), *parts))
+    print(generator.fit_prior(held_out, base, counts=(PRIOR_BLOCKS,), progress=True))
     generator.save_pretrained(build / "language_generator")

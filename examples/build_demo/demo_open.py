@@ -36,7 +36,7 @@ TRAIN_SCENES, TEST_SCENES, CHOOSE_SCENES = 24_000, 2_400, 1_200
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": r".*language_model.*\.(q_proj|k_proj|v_proj|fc2)|lm_head"}
 DATA = {"location_step": STEP, "negatives": 2 / 3}
 STEPS = 3000
-PRIOR_NOUNS, PRIOR_SCENES = SPLIT["choose"][::4], 112
+PRIOR_NOUNS, PRIOR_FEW, PRIOR_SCENES = SPLIT["choose"][::4], 64, 112  # scenes to learn from, and all
 SHOWN, SHOWN_PICTURES, SHOWN_SCENES = (
     ("panda", "rocket", "camel", "trophy"),
     8,
@@ -212,7 +212,10 @@ def open_prior(build: Path) -> None:
         drawn = studio.draw(noun, PRIOR_SCENES, seed=2000)
         task = SeenTask(**vars(DetectionTask(noun, [f"detect {spoken(noun)}"], noun, drawn, [], answer=ANSWER)))
         task.seen = look(florence, processor, drawn)
-        held_out.append((generator.task_vector(images=shown), task.train_dataset(processor, location_step=STEP, negatives=10.0)))
+        examples = task.train_dataset(processor, location_step=STEP, negatives=10.0)
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
+        parts = [[examples[index] for index in part] for part in (order[:PRIOR_FEW], order[PRIOR_FEW:])]
+        held_out.append((generator.task_vector(images=shown), *parts))
     print(generator.fit_prior(held_out, florence, progress=True))
     generator.save_pretrained(build / "open_generator")
 

@@ -96,7 +96,7 @@ class AdaptingMixin(AdapterMixin):
 
     def fit_prior(
         self,
-        held_out: Sequence[tuple[Tensor, Sequence[Mapping[str, Tensor]]]],
+        held_out: Sequence[tuple[Tensor, Sequence[Mapping[str, Tensor]], Sequence[Mapping[str, Tensor]]]],
         base_model: str | os.PathLike[str] | PreTrainedModel | None = None,
         *,
         counts: Sequence[int] = (4, 16, 64),
@@ -108,12 +108,13 @@ class AdaptingMixin(AdapterMixin):
     ) -> dict[float, float]:
         """Fit the weight that [`~ICMGenerator.adapt`] gives the generator as a prior, on tasks that nothing was trained on.
 
-        For each task an adapter is fitted to so many of its examples under each weight, all steps of it, and scored on the others. The
-        weight whose adapters gain most is kept in `network.prior_strength`.
+        For each task an adapter is fitted to the first so many of its examples under each weight, all steps of it, and scored on others.
+        The weight whose adapters gain most is kept in `network.prior_strength`.
 
         Args:
-            held_out (`Sequence[tuple[Tensor, Sequence[Mapping]]]`): Of each task its task vector `[d]` and its labelled examples, more than
-                the greatest of `counts`.
+            held_out (`Sequence[tuple[Tensor, Sequence[Mapping], Sequence[Mapping]]]`): Of each task its task vector `[d]`, the labelled
+                examples that are learnt from, and those that tell: as far from the former as what users ask of an adapter is from their
+                examples, of other documents for instance.
             base_model: See [`~ICMGenerator.generate_adapter`].
             counts (`Sequence[int]`, defaults to `(4, 16, 64)`): Examples that are learnt from.
             strengths (`Sequence[float]`): Weights to choose from; by default from 10 to 3000.
@@ -130,15 +131,16 @@ class AdaptingMixin(AdapterMixin):
         from .prior_fit import Run, fit_runs
 
         gains = []
-        for vector, examples in held_out:
-            if len(examples) <= max(counts):
-                raise ValueError(f"A task has {len(examples)} examples: more than {max(counts)} are needed, to learn from and to tell by.")
+        for vector, examples, others in held_out:
+            if len(examples) < max(counts) or not len(others):
+                raise ValueError(f"A task has {len(examples)} examples and {len(others)} others: {max(counts)} and 1 are needed.")
             start = self.sample(vector, temperature=0.0)[0].detach()
-            order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+            rows = [part[index] for part in (examples, others) for index in range(len(part))]
+            left_out = list(range(len(examples), len(rows)))
             for count in counts:
-                runs = [Run(order[:count], order[max(counts) :], strength) for strength in strengths]
+                runs = [Run(list(range(count)), left_out, strength) for strength in strengths]
                 options: Any = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "progress": progress}
-                nats, _ = fit_runs(self, base, start, examples, runs, **options)
+                nats, _ = fit_runs(self, base, start, rows, runs, **options)
                 gains.append((nats[0] - nats[-1]) / len(runs[0].left_out))
         mean = torch.stack(gains).mean(0)
         self.network.prior_strength.fill_(strengths[int(mean.argmax())])
