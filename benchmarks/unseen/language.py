@@ -48,7 +48,7 @@ class LanguageWorld:
     Args:
         build (`Path`): With `language/`, `language_generator/`, `language_rival/` and `base_model/`.
         part (`str`): `"unseen"` or `"choose"`.
-        count (`int`): At most so many tasks.
+        count (`int`): At most so many tasks, from all groups of them.
     """
 
     def __init__(self, build: Path, part: str, count: int):
@@ -56,7 +56,8 @@ class LanguageWorld:
         self.base_folder = str(build / "base_model")
         self.tokenizer = AutoTokenizer.from_pretrained(self.base_folder)
         self.model: Any = load_base(self.generator.layout, self.base_folder, None)
-        self.tasks = language_tasks(build, part)[:count]
+        tasks = language_tasks(build, part)
+        self.tasks = tasks[:: -(-len(tasks) // count)]
         names = {name: group for group, members in split()[part].items() for name in members}
         self.groups = {task.name: names[task.name] for task in self.tasks}
         trained = language_tasks(build, "train")
