@@ -11,8 +11,9 @@ from peft_icm import AdapterCollection, ICMGenerator
 from peft_icm.adapters.attach import attach
 from peft_icm.evaluation import Evaluation
 from peft_icm.evaluation.requests import Heard, RequestsReport, evaluate_requests, load_requests
-from peft_icm.generator.requests import ON_UNKNOWN, scaled
+from peft_icm.generator.requests import scaled
 from peft_icm.tasks import load_tasks
+from peft_icm.unknown import ON_UNKNOWN
 
 UNKNOWN = "quantum chromodynamics lattice simulations on supercomputers"
 

@@ -12,6 +12,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from .unknown import ON_UNKNOWN
+
 
 def demo_options(p: argparse.ArgumentParser) -> None:
     """Options of `peft-icm demo`."""
@@ -143,7 +145,7 @@ def generate_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("-o", "--output", required=True, help="folder of the adapter")
     p.add_argument(
         "--on-unknown",
-        choices=("warn", "shrink", "base", "raise"),
+        choices=ON_UNKNOWN,
         default="warn",
         help="of a request that is none of its tasks: warn, shrink the adapter by what the reading is worth, leave the base, or refuse",
     )

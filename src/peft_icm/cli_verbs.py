@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli_options import chosen
+from .unknown import UnknownTaskWarning
 
 if TYPE_CHECKING:
     from .adapters.collection import AdapterCollection
@@ -266,8 +267,6 @@ def _hear(args: argparse.Namespace, generator: ICMGenerator) -> dict[str, Any]:
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
     """An unknown task as the command line says it: one line, without the place in the code. Other warnings are left alone."""
-    from .generator.requests import UnknownTaskWarning
-
     with warnings.catch_warnings():
         plain = warnings.showwarning
 

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from ..adapters.attach import attach
 from ..generator.modeling_icm import ICMGenerator
-from ..generator.requests import ON_UNKNOWN, UnknownTaskWarning, scaled
+from ..generator.requests import scaled
+from ..unknown import ON_UNKNOWN, UnknownTaskWarning
 from .figures import save_figure
 from .report import Report, rounded, share_of
 

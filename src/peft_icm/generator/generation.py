@@ -20,8 +20,9 @@ from ..adapters.layout import AdapterLayout
 from ..conditioning import JoinedEncoder, Picture, TaskEncoder, load_task_encoder, open_images
 from ..disk import MAX_NAME_BYTES, inside
 from ..hub.files import is_local, resolve
+from ..unknown import OnUnknown, check_request
 from .configuration_icm import ICMConfig
-from .requests import OnUnknown, RequestsMixin, TaskInputs, check_request, scaled
+from .requests import RequestsMixin, TaskInputs, scaled
 from .sampling import Generators, as_conditions
 
 # One for the process: transformers sets the process's default dtype while it builds a model.
