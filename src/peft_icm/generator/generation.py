@@ -30,8 +30,8 @@ LOADING = threading.RLock()
 
 
 class Source(dict[str, Any]):
-    """Where a generator was found: `name`, `revision` (the commit, of a Hub repo), `subfolder`, and `token`, `cache_dir`,
-    `local_files_only` for what belongs to it. A pickle or a copy has no token."""
+    """Where a generator was found: `name`, `revision` (the commit, of a Hub repo), `subfolder`, `sha256` of its weights, and `token`,
+    `cache_dir`, `local_files_only` for what belongs to it. A pickle or a copy has no token."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Everything but the token."""

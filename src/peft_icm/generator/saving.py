@@ -73,11 +73,16 @@ class SavedModel(AdapterMixin, PreTrainedModel):
         generator = loaded[0] if isinstance(loaded, tuple) else loaded
         generator.config.weights_sha256 = None  # of what is on disk
         generator.config.name_or_path = generator.name_or_path = name
-        generator._source = Source(name=name, subfolder=subfolder, **given)
+        generator._source = Source(name=name, subfolder=subfolder, sha256=found, **given)
         generator._source.pop("revision", None)
         if not os.path.isdir(name):
             generator._source["revision"] = generator.config._commit_hash = root.name
         return loaded
+
+    @property
+    def saved_sha256(self) -> str | None:
+        """sha256 of the weights that this generator was loaded from; `None` where it was loaded from nowhere."""
+        return self._source.get("sha256")
 
     def save_pretrained(  # type: ignore[override]
         self,
