@@ -8,12 +8,14 @@ import torch
 from command_line import run
 from hub_server import TOKEN
 from huggingface_hub import ModelCard
+from tiny import generator
 
 from peft_icm import AdapterCollection, ICMGenerator
 from peft_icm.adapters.attach import attach
 from peft_icm.evaluation import Evaluation
 from peft_icm.evaluation.requests import Heard, RequestsReport, evaluate_requests, load_requests
 from peft_icm.generator.requests import scaled
+from peft_icm.hub.cards import generator_card
 from peft_icm.tasks import load_tasks
 from peft_icm.unknown import ON_UNKNOWN
 
@@ -115,6 +117,16 @@ def test_scores_are_those_of_the_adapters(work, trained):
     assert report.own[tasks[0].name] == pytest.approx(
         Evaluation.numbers(nats(generator.layout.unflatten(own[tasks[0].name])))["gain"] - Evaluation.numbers(base)["gain"], abs=1e-5
     )
+
+
+@pytest.mark.parametrize("base", [0.5, None, "x", True])
+def test_a_card_tells_what_can_be_read_of_a_config(base):
+    shares = {"unseen_phrasings": {"generated": {"warn": 0.9, "shrink": 0.8, "base": base}, "retrieved": 3}}
+    config = generator().config.to_dict()
+    config["training"] = {"requests": {"share": shares, "heard": {"known_of_known": 1.0}, "known": 3, "unknown": 0}}
+    card = generator_card(config, repo_id="org/icm", folder="nowhere")
+    assert ("| unseen phrasings, generated | 0.90 | 0.80 | 0.50 | 1.00 |" in card.text) == (base == 0.5) == bool(card.data.eval_results)
+    assert "retrieved |" not in card.text
 
 
 def test_a_task_without_its_own_lora(work, trained):
