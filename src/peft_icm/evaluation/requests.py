@@ -146,7 +146,7 @@ class RequestsReport:
     def table(self) -> str:
         """What [`~RequestsReport.to_dict`] says of all requests, in lines."""
         found = self.to_dict()
-        modes = [mode for mode in ON_UNKNOWN if mode != "raise"]  # that answers with "base", or not at all: how often it answers is told
+        modes = [mode for mode in ON_UNKNOWN if mode != "raise"]  # it leaves the base, as "base" does: how often it answers is told
         lines = [f"{'share of the own LoRAs gain':34}" + "".join(f"{mode:>9}" for mode in (*modes, "answered"))]
         for kind, by_source in found["share"].items():
             for source, shares in by_source.items():
