@@ -196,6 +196,18 @@ class TestSecondAdapter:
         expected = icm.generate_state_dict(task_vector=-vector, generator=seeded(1))
         assert all(torch.equal(tensors(model)[key], expected[key]) for key in expected)
 
+    @pytest.mark.parametrize("merge", [False, True])
+    def test_the_inside_of_a_peft_model_is_no_base(self, family, vector, merge):
+        base, layout = family
+        model = generator(layout).generate_adapter(task_vector=vector, base_model=base)
+        if merge:
+            model.merge_adapter()
+        before = logits(model)
+        with pytest.raises(ValueError, match="base_model carries adapters" + " that are merged into it" * merge):
+            attach(model.get_base_model(), layout, filled(layout))
+        assert torch.equal(logits(model), before)
+        attach(model.unload(), layout, filled(layout))  # without them it is one again
+
     def test_a_merged_one_is_unmerged_before_its_values_change(self, family, vector):
         base, layout = family
         weights = {name: base.get_submodule(name).weight.clone() for name in layout.modules}

@@ -44,7 +44,11 @@ def test_demo_in_full(tmp_path):
     finished = subprocess.run(command, capture_output=True, text=True, env=env, timeout=500)
     assert finished.returncode == 0, finished.stderr[-2000:]
     result = json.loads(finished.stdout)
-    assert set(result) == {"tasks", "share", "seeds", "seconds", "adapter", "opening", "continued"} and result["seeds"] == [0, 1, 2]
+    assert set(result) == {"tasks", "share", "seeds", "seconds", "adapter", "opening", "continued", "requests"} and result["seeds"] == [
+        0,
+        1,
+        2,
+    ]
     assert len(result["tasks"]) >= 12
     for name, share in result["share"].items():
         gains = [(row["base"] - row[name], row["base"] - row["own"]) for row in result["tasks"]]
@@ -53,7 +57,10 @@ def test_demo_in_full(tmp_path):
     share = {name: entry["mean"] for name, entry in result["share"].items()}
     assert share["generated"] > 0.95 and share["unseen_phrasing"] > 0.7
     assert share["wrong_task"] <= 0.25 and share["gibberish"] <= 0.25
-    assert (tmp_path / "demo" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    asked = result["requests"]
+    assert (asked["known"], asked["unknown"]) == (36, 18) and asked["share"]["unseen_phrasings"]["generated"]["warn"] > 0.7
+    for name in ("demo", "requests"):
+        assert (tmp_path / "demo" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     code = (
         "import sys; sys.modules['peft_icm'] = None\n"
         "from peft import AutoPeftModelForCausalLM\n"

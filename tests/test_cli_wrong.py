@@ -35,6 +35,8 @@ class TestWrong:
             (["generate", "bundled:encoder", SENTENCE, "-o", "OUT"], "no bundled generator 'encoder': choose one of"),
             (["generate", "bundled:nope", SENTENCE, "-o", "OUT"], "no bundled generator 'nope': choose one of detection, open, text"),
             (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--temperature", "-1"], "temperature=-1.0 must be a finite number >= 0"),
+            (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--strength", "-1"], "strength=-1.0 must be a finite number >= 0"),
+            (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--strength", "nan"], "strength=nan must be a finite number >= 0"),
             (["generate", "org/misspelt", SENTENCE, "-o", "OUT"], "org/misspelt"),
             (["generate", "no/such/folder", SENTENCE, "-o", "OUT"], "no/such/folder"),
             (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--base-model", "BASE"], "expected"),

@@ -6,13 +6,18 @@ import math
 import pytest
 import torch
 from command_line import run
+from hub_server import TOKEN
+from huggingface_hub import ModelCard
+from tiny import generator
 
 from peft_icm import AdapterCollection, ICMGenerator
 from peft_icm.adapters.attach import attach
 from peft_icm.evaluation import Evaluation
 from peft_icm.evaluation.requests import Heard, RequestsReport, evaluate_requests, load_requests
-from peft_icm.generator.requests import ON_UNKNOWN, scaled
+from peft_icm.generator.requests import scaled
+from peft_icm.hub.cards import generator_card
 from peft_icm.tasks import load_tasks
+from peft_icm.unknown import ON_UNKNOWN
 
 UNKNOWN = "quantum chromodynamics lattice simulations on supercomputers"
 
@@ -56,6 +61,8 @@ class TestReport:
         assert report.aurc() == pytest.approx(sum(risk) / 5)
 
     def test_written_and_drawn(self, report, tmp_path):
+        assert (report.to_dict()["known"], report.to_dict()["unknown"]) == (3, 2)
+        assert [line.split()[-1] for line in report.table().splitlines()[:5]] == ["answered", "0.67", "0.67", "0.50", "0.50"]
         assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["share"].keys() == {"unseen_phrasings", "unknown_requests"}
         assert len({len(line.split()) for line in report.table().splitlines()[1:5]}) == 1
         report.plot(tmp_path / "risk.png")
@@ -110,6 +117,16 @@ def test_scores_are_those_of_the_adapters(work, trained):
     assert report.own[tasks[0].name] == pytest.approx(
         Evaluation.numbers(nats(generator.layout.unflatten(own[tasks[0].name])))["gain"] - Evaluation.numbers(base)["gain"], abs=1e-5
     )
+
+
+@pytest.mark.parametrize("base", [0.5, None, "x", True])
+def test_a_card_tells_what_can_be_read_of_a_config(base):
+    shares = {"unseen_phrasings": {"generated": {"warn": 0.9, "shrink": 0.8, "base": base}, "retrieved": 3}}
+    config = generator().config.to_dict()
+    config["training"] = {"requests": {"share": shares, "heard": {"known_of_known": 1.0}, "known": 3, "unknown": 0}}
+    card = generator_card(config, repo_id="org/icm", folder="nowhere")
+    assert ("| unseen phrasings, generated | 0.90 | 0.80 | 0.50 | 1.00 |" in card.text) == (base == 0.5) == bool(card.data.eval_results)
+    assert "retrieved |" not in card.text
 
 
 def test_a_task_without_its_own_lora(work, trained):
@@ -174,3 +191,35 @@ class TestCommandLine:
         assert found == json.loads((tmp_path / "r.json").read_text()) and len(found["requests"]) == 2
         assert (tmp_path / "r.png").is_file()
         assert run(*arguments, "--requests", tmp_path / "none.json") == 2
+
+    def test_a_pushed_card_tells_what_was_measured(self, work, trained, hub, tmp_path, capsys):
+        known = {name: [f"{name}, quickly"] for name in ("sonnet", "novel", "genesis")}
+        (tmp_path / "asked.json").write_text(json.dumps({"known": known, "unknown": [UNKNOWN]}))
+        arguments = ["evaluate", trained, "--tasks", work / "tasks", "--collection", work / "collection", "--seeds", 0]
+        assert run(*arguments, "--requests", tmp_path / "asked.json", "-o", tmp_path / "r.json") == 0
+        assert run("push", trained, "org/icm", "--token", TOKEN, "--with-requests", tmp_path / "r.json") == 0
+        files, measured = hub.repos["models", "org/icm"].files(), json.loads((tmp_path / "r.json").read_text())
+        card = ModelCard(files["README.md"].decode())
+        assert "3 requests that mean one of its tasks, 1 that mean none" in card.text
+        for source, shares in measured["share"]["unseen_phrasings"].items():
+            cells = [*(shares[mode] for mode in ("warn", "shrink", "base")), measured["heard"]["known_of_known"]]
+            assert f"| unseen phrasings, {source} |" + "".join(f" {cell:.2f} |" for cell in cells) in card.text
+        assert f"retrieved | {measured['heard']['aurc_retrieved']:.3f} |" in card.text
+        figures = {(row.metric_type, row.dataset_name): row.metric_value for row in card.data.eval_results}
+        assert figures["share_shrink", "unknown requests"] == measured["share"]["unknown_requests"]["generated"]["shrink"]
+        # it stays with the generator, whoever pushes it next
+        assert ICMGenerator.from_pretrained("org/icm", cache_dir=tmp_path).config.training["requests"]["heard"] == measured["heard"]
+
+    @pytest.mark.parametrize(
+        ("report", "message"),
+        [
+            ("[1]", "is no report that peft-icm evaluate --requests wrote"),
+            ('{"share": {}}', "is no report"),
+            (None, "on other weights than"),
+        ],
+    )
+    def test_what_is_no_report_of_this_generator(self, report, message, trained, hub, tmp_path, capsys):
+        other = {"share": {}, "heard": {}, "unit": "nats", "known": 1, "unknown": 1, "weights_sha256": "0" * 64}
+        (tmp_path / "r.json").write_text(report or json.dumps(other))
+        assert run("push", trained, "org/icm", "--token", TOKEN, "--with-requests", tmp_path / "r.json") == 2
+        assert message in capsys.readouterr().err and not hub.repos

@@ -2,10 +2,11 @@
 
 import copy
 import json
+import logging
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 from test_training import arguments
 from tiny import TEXTS, florence_processor, florence_reader, llama, tokenizer
@@ -114,6 +115,13 @@ class TestTraining:
         with torch.no_grad():
             assert float(model(**kept).loss) == pytest.approx(float(loss), rel=1e-5)
 
+    def test_excerpts_that_are_too_long_are_told_of_once(self, language, tmp_path, caplog):
+        encoder = StatisticsEncoder.from_pretrained(str(language[0]))
+        encoder.max_tokens = 10
+        with caplog.at_level(logging.WARNING):
+            trainer(language, tmp_path, encoder=encoder)
+        assert caplog.text.count("tokens that the statistics encoder reads") == 1
+
     def test_a_lent_base_computes_what_it_did(self, language, tmp_path):
         base = AutoModelForCausalLM.from_pretrained(language[0])
         ids = torch.arange(12).view(3, 4)
@@ -199,6 +207,15 @@ class TestWrong:
             ICMTrainer(None, args, tasks=tasks, base_model=base, encoder=encoder)
         with pytest.raises(ValueError, match="objective='loss' is unknown: choose one of reconstruction, task"):
             arguments(tmp_path, objective="loss")
+
+    def test_a_base_with_adapters(self, world, tmp_path):
+        base, tasks, lora, data = world
+        args = arguments(tmp_path, objective="task", dataset_kwargs=data)
+        encoder = StatisticsEncoder.from_pretrained(str(base))
+        given, model = {"encoder": encoder, "tasks": tasks, "lora_config": lora}, get_peft_model(encoder.model, lora)
+        for carrying in (model, model.get_base_model()):
+            with pytest.raises(ValueError, match="base_model carries adapters"):
+                ICMTrainer(None, args, base_model=carrying, **given)
 
     def test_examples_of_another_modality(self, language, detection, tmp_path):
         with pytest.raises(ValueError, match=r"Task 'red' has pictures, the base .* reads texts: take another base"):
@@ -324,8 +341,14 @@ class TestAdapting:
             generator.adapt(labelled=rows, **given)
         with pytest.raises(ValueError, match=r"prior_weight=-1 must not be negative"):
             generator.adapt(labelled=rows * 2, prior_weight=-1, **given)
-        with pytest.raises(ValueError, match="base_model carries adapters"):
-            generator.adapt(labelled=rows * 2, base_model=generator.generate_adapter(**given), **given)
+        model = generator.generate_adapter(**given)
+        for base in (model, model.get_base_model()):
+            with pytest.raises(ValueError, match="base_model carries adapters, of peft"):
+                generator.adapt(labelled=rows * 2, base_model=base, **given)
+        model.merge_adapter()
+        for base in (model, model.get_base_model()):
+            with pytest.raises(ValueError, match="base_model carries adapters that are merged into it"):
+                generator.adapt(labelled=rows * 2, base_model=base, **given)
 
 
 class TestJoined:

@@ -28,7 +28,7 @@ from transformers import AutoProcessor
 
 from benchmarks.paper.results import write_json
 from benchmarks.reading.ablation import ablation
-from benchmarks.reading.nouns import nouns_report
+from benchmarks.reading.nouns import load_worlds, nouns_report
 from peft_icm import AdapterCollection, ICMGenerator
 from peft_icm.bundled import bundled_folder
 from peft_icm.evaluation import DetectionEvaluation, Evaluation
@@ -57,7 +57,7 @@ def requests_report(world: str, requests: str, folder: Path, seed: int) -> Reque
             task.test_images = shown[:PICTURES] + others[:PICTURES]
     asked = {"known": {task.name: task.descriptions for task in tasks}, "unknown": []}
     if requests != "descriptions":
-        asked = json.loads((HERE / f"{requests}.json").read_text(encoding="utf-8"))[world]
+        asked = load_worlds(requests)[world]
     generator = ICMGenerator.from_pretrained(folder)
     options = {"seed": seed, "batch_size": BATCH[world]}
     return evaluate_requests(KINDS[world], generator, processor, tasks, own, asked["known"], asked["unknown"], **options)

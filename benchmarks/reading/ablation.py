@@ -50,4 +50,4 @@ def ablation(build: Path, evaluate: Callable[[Path], RequestsReport]) -> Table:
         rows[name] = {column: [value] for column, value in values.items() if value is not None}
         print(name, rows[name], flush=True)
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    return Table("ablation_text", "Condition spaces, on benchmarks/reading/choose.json", columns, rows, digits=3)
+    return Table("ablation_text", "Condition spaces, on the requests that choose settings", columns, rows, digits=3)

@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from peft_icm import ICMGenerator
+from peft_icm.bundled import bundled_requests
 from peft_icm.conditioning.phrasings import phrasings
 from peft_icm.evaluation.figures import plot_bars
 from peft_icm.generator.condition_space import ConditionSpace
@@ -38,8 +39,7 @@ def requests(generator: ICMGenerator, once: bool, seed: int) -> dict[str, tuple[
     """By kind sentences, and what each is about: of trained nouns, of others, and of no noun that was trained."""
     chosen, nouns = (json.loads((BUILD_DEMO / name).read_text(encoding="utf-8")) for name in ("open_world.json", "nouns.json"))
     trained = [task["name"] for task in generator.config.tasks or []]
-    worlds = json.loads((HERE / ("once.json" if once else "choose.json")).read_text(encoding="utf-8"))
-    other = [line for world in worlds.values() for line in world["unknown"]]
+    other = [line for world in load_worlds("once" if once else "choose").values() for line in world["unknown"]]
 
     def said(names: list[str]) -> tuple[list[str], list[str]]:
         lines = [(line, name) for name in names for line in phrasings(f"detect {spoken(name)}", EACH, seed=seed, held_out=True)]
@@ -53,6 +53,13 @@ def requests(generator: ICMGenerator, once: bool, seed: int) -> dict[str, tuple[
         "something else": (foreign, foreign),
         "nonsense": (list(NONSENSE), list(NONSENSE)),
     }
+
+
+def load_worlds(requests: str) -> dict[str, dict[str, Any]]:
+    """The requests of both worlds: those that choose settings are bundled, those that decide are not."""
+    if requests == "once":
+        return json.loads((HERE / "once.json").read_text(encoding="utf-8"))
+    return {world: json.loads(bundled_requests(world).read_text(encoding="utf-8")) for world in ("text", "detection")}
 
 
 def spoken(noun: str) -> str:

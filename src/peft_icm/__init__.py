@@ -41,11 +41,11 @@ _ROOMS = {
     "generator.configuration_icm": ("ICMConfig",),
     "generator.modeling_icm": ("ICMGenerator", "ICMOutput"),
     "generator.reading": ("Reading",),
-    "generator.requests": ("UnknownTaskError", "UnknownTaskWarning"),
     "tasks.annotated_images": ("AnnotatedImage", "load_coco"),
     "tasks.detection": ("DetectionTask", "detect", "detection_tasks"),
     "training.arguments": ("ICMTrainingArguments",),
     "training.trainer": ("ICMTrainer",),
+    "unknown": ("UnknownTaskError", "UnknownTaskWarning"),
 }
 _HOMES = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -12,6 +12,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from .unknown import ON_UNKNOWN
+
 
 def demo_options(p: argparse.ArgumentParser) -> None:
     """Options of `peft-icm demo`."""
@@ -145,7 +147,7 @@ def generate_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("-o", "--output", "--output-dir", required=True, help="folder of the adapter")
     p.add_argument(
         "--on-unknown",
-        choices=("warn", "shrink", "base", "raise"),
+        choices=ON_UNKNOWN,
         default="warn",
         help="of a request that is none of its tasks: warn, shrink the adapter by what the reading is worth, leave the base, or refuse",
     )
@@ -198,6 +200,7 @@ def push_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("folder", help="folder of a generator, an adapter or a collection")
     p.add_argument("repo_id", help="org/name")
     p.add_argument("--with-report", metavar="COLLECTION", help="tell in a generator's card how near it is to these LoRAs")
+    p.add_argument("--with-requests", metavar="FILE", help="tell in a generator's card what evaluate --requests ... -o FILE found")
     p.add_argument("--with-base-model", action="store_true", help="push a base model that is a local folder too")
     p.add_argument("--private", action="store_true", help="create a private repo")
     p.add_argument("--revision", help="branch")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli_options import chosen
+from .unknown import UnknownTaskWarning
 
 if TYPE_CHECKING:
     from .adapters.collection import AdapterCollection
@@ -267,8 +268,6 @@ def _hear(args: argparse.Namespace, generator: ICMGenerator) -> dict[str, Any]:
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
     """An unknown task as the command line says it: one line, without the place in the code. Other warnings are left alone."""
-    from .generator.requests import UnknownTaskWarning
-
     with warnings.catch_warnings():
         plain = warnings.showwarning
 
@@ -330,8 +329,9 @@ def push(args: argparse.Namespace) -> dict[str, Any]:
     what = {COLLECTION: "a collection", ADAPTER: "an adapter"}
     if held is None:
         raise ValueError(f"{folder} holds no generator, no adapter and no collection.")
-    if args.with_report and held in what:
-        raise ValueError(f"--with-report is for generators, {folder} holds {what[held]}: push it without.")
+    for option, value in (("--with-report", args.with_report), ("--with-requests", args.with_requests)):
+        if value and held in what:
+            raise ValueError(f"{option} is for generators, {folder} holds {what[held]}: push it without.")
     if args.with_base_model and held == COLLECTION:
         raise ValueError(f"--with-base-model is for generators and adapters, {folder} holds a collection: push it without.")
     options = {"private": args.private or None, "revision": args.revision, "create_pr": args.create_pr, "token": args.token}
@@ -345,6 +345,10 @@ def push(args: argparse.Namespace) -> dict[str, Any]:
     else:
         generator = load_generator(str(folder), token=args.token)
         report = _memorisation(generator, args.with_report, args.token) if args.with_report else None
+        if args.with_requests:
+            from .evaluation.requests import card_facts
+
+            generator.config.training = {**(generator.config.training or {}), "requests": card_facts(args.with_requests, generator)}
         info = generator.push_to_hub(args.repo_id, report=report, with_base_model=args.with_base_model, **options)
     say(args, str(info.commit_url))
     return {"repo_id": args.repo_id, "commit": info.oid, "url": str(info.commit_url)}

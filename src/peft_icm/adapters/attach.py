@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..disk import safe_name
-from .base import SHARES, SharingLoraModel
+from .base import SHARES, SharingLoraModel, check_bare
 from .layout import AdapterLayout, same_function
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ def attach(
         `PeftModel`: The same object where `model` is a `PeftModel` already.
 
     Raises:
-        `ValueError`: If the base does not fit the layout or has no values, the name is taken by another layout, or a value is not finite;
-            the model is as it was then.
+        `ValueError`: If the base does not fit the layout, carries adapters though it is no `PeftModel` ([`check_bare`]), or has no values,
+            the name is taken by another layout, or a value is not finite; the model is as it was then.
     """
     vector = layout.flatten(state_dict)
     if not torch.isfinite(vector).all():
@@ -123,10 +123,8 @@ def _add(
 ) -> PeftModel:
     """Inject a new adapter, on the meta device, and fill it."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(model, PeftModel) and getattr(base, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            "The base model carries an adapter that transformers' load_adapter put there: delete_adapter it, or load the base anew."
-        )
+    if not isinstance(model, PeftModel):
+        check_bare(base)
     layout.check_base(base)
     _warn_of_another_base(base, layout)
     _warn_of_shared_weights(base, layout)

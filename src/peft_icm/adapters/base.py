@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -107,6 +108,24 @@ def _known_class(name: str) -> type[PreTrainedModel]:
             " yourself, or take a base that transformers knows."
         )
     return found
+
+
+def check_bare(base: nn.Module) -> None:
+    """Refuse a base that carries adapters, merged or not: what is put on it would stand on what they change, which no layout tells.
+
+    One that was merged and unloaded is a plain model, and passes.
+
+    Args:
+        base (`nn.Module`): A model that somebody passed as a base.
+
+    Raises:
+        `ValueError`: If it is a `PeftModel`, or the inside of one, or `load_adapter` of transformers put adapters there.
+    """
+    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    if any(layer.merged for layer in layers):
+        raise ValueError("base_model carries adapters that are merged into it: unmerge_adapter() and unload() them, or load the base anew.")
+    if isinstance(base, PeftModel) or any(layer.active_adapters for layer in layers):
+        raise ValueError("base_model carries adapters, of peft or of load_adapter: unload() or delete_adapter() them, or load it anew.")
 
 
 class SharingLoraModel(LoraModel):

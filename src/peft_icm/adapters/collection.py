@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from huggingface_hub import CommitInfo
@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import disk
 from ..conditioning import Picture, TaskEncoder, open_images
 from ..hub.cards import collection_card
-from ..hub.files import published, push_folder, resolve
+from ..hub.files import PushOptions, published, push_folder, resolve
 from .gauge import align
 from .layout import ADAPTER_FILES, AdapterLayout, KeyMap, map_keys
 
@@ -257,15 +257,7 @@ class AdapterCollection:
     def push_to_hub(
         self,
         repo_id: str,
-        *,
-        commit_message: str = "Upload AdapterCollection",
-        commit_description: str | None = None,
-        tags: Sequence[str] | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        overwrite_card: bool = False,
+        **push: Unpack[PushOptions],
     ) -> CommitInfo:
         """Push the collection as a data set repo, in one commit, with a card; what names a folder of this machine is left out.
 
@@ -273,34 +265,22 @@ class AdapterCollection:
 
         Args:
             repo_id (`str`): `"org/name"`; created where it does not exist.
-            commit_message (`str`, defaults to `"Upload AdapterCollection"`): Message of the commit.
-            commit_description (`str`, *optional*): What stands below the message.
-            tags (`Sequence[str]`, *optional*): More tags for the card.
-            private (`bool`, *optional*): Create a private repo.
-            token (`str` or `bool`, *optional*): Access token.
-            revision (`str`, *optional*): Branch.
-            create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
-            overwrite_card (`bool`, defaults to `False`): Replace a card that was edited by hand on the Hub.
+            **push: `commit_message`, `commit_description`, `tags`, `private`, `token`, `revision`, `create_pr` and `overwrite_card`: see
+                [`PushOptions`].
 
         Returns:
             `huggingface_hub.CommitInfo`: Of the one commit.
         """
         layout = replace(self.layout, base_model_name_or_path=published(self.layout.base_model_name_or_path))
         told = replace(self, layout=layout, encoder=published(self.encoder), metadata=published(self.metadata))
+        push.setdefault("commit_message", "Upload AdapterCollection")
         return push_folder(
             told._write,
             repo_id,
             card=lambda folder: collection_card(json.loads((folder / MANIFEST).read_text(encoding="utf-8")), repo_id=repo_id),
             source=self._source,
             repo_type="dataset",
-            commit_message=commit_message,
-            commit_description=commit_description,
-            tags=tags,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            overwrite_card=overwrite_card,
+            **push,
         )
 
 

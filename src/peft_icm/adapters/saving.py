@@ -8,9 +8,8 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from huggingface_hub import CommitInfo, ModelCard
 from peft import PeftModel
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 
 from ..disk import replacing_folder
 from ..hub.cards import ADAPTED, CHANGED, FACTS, GENERATED, adapter_card
-from ..hub.files import CARD, copy_base, edited_by_hand, marked, published, push_folder
+from ..hub.files import CARD, PushOptions, copy_base, edited_by_hand, marked, published, push_folder
 from .attach import PROVENANCE
 from .layout import AdapterLayout
 
@@ -97,14 +96,7 @@ def push_adapter(
     adapter_name: str = "default",
     *,
     with_base_model: bool = False,
-    commit_message: str = "Upload generated adapter",
-    commit_description: str | None = None,
-    tags: Sequence[str] | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    overwrite_card: bool = False,
+    **push: Unpack[PushOptions],
 ) -> CommitInfo:
     """Push one adapter to the Hub in one commit, with its card; what names a folder of this machine is left out.
 
@@ -116,14 +108,8 @@ def push_adapter(
         adapter_name (`str`, defaults to `"default"`): Which adapter of a model.
         with_base_model (`bool`, defaults to `False`): Push a base model that is a local folder too, beside the adapter, so that
             `AutoPeftModelForCausalLM.from_pretrained(repo_id)` loads both.
-        commit_message (`str`, defaults to `"Upload generated adapter"`): Message of the commit.
-        commit_description (`str`, *optional*): What stands below the message.
-        tags (`Sequence[str]`, *optional*): More tags for the card.
-        private (`bool`, *optional*): Create a private repo.
-        token (`str` or `bool`, *optional*): Access token; by default the stored one.
-        revision (`str`, *optional*): Branch.
-        create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
-        overwrite_card (`bool`, defaults to `False`): Replace a card that was edited by hand on the Hub.
+        **push: `commit_message`, `commit_description`, `tags`, `private`, `token`, `revision`, `create_pr` and `overwrite_card`: see
+            [`PushOptions`].
 
     Returns:
         `huggingface_hub.CommitInfo`: Of the one commit.
@@ -134,6 +120,7 @@ def push_adapter(
     """
     if not isinstance(adapter, PeftModel) and not Path(adapter).is_dir():
         raise ValueError(f"{adapter} is no folder: pass a PeftModel, or the folder where its adapter is saved.")
+    push.setdefault("commit_message", "Upload generated adapter")
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary)
         if isinstance(adapter, PeftModel):
@@ -155,7 +142,7 @@ def push_adapter(
                 if not os.path.isdir(base or ""):
                     raise ValueError(f"with_base_model=True is for a base that is a local folder, this one is {base!r}: push without.")
                 copy_base(base, folder, "")
-                config |= {"base_model_name_or_path": repo_id, "revision": revision}
+                config |= {"base_model_name_or_path": repo_id, "revision": push.get("revision")}
             (folder / CONFIG).write_text(json.dumps(published(config), indent=2, sort_keys=True), encoding="utf-8")
 
         def card(folder: Path) -> ModelCard:
@@ -169,12 +156,5 @@ def push_adapter(
             repo_id,
             card=card,
             source=source,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            tags=tags,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            overwrite_card=overwrite_card,
+            **push,
         )

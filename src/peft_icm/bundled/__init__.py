@@ -48,6 +48,25 @@ def bundled_generator(name: str) -> str:
     return str(bundled_folder(name) / "generator")
 
 
+def bundled_requests(name: str) -> Path:
+    """Sentences that ask for the tasks of a bundle in other words, and for something else: for `peft-icm evaluate --requests`.
+
+    Nothing was trained on them, but settings of the package were chosen on them.
+
+    Args:
+        name (`str`): `"text"` or `"detection"`.
+
+    Example:
+
+    ```python
+    >>> bundled_requests("text").name
+    'text.json'
+
+    ```
+    """
+    return BUNDLES / "requests" / f"{name}.json"
+
+
 def bundled_encoder() -> str:
     """The folder of the encoder that the bundled generators share, for [`ClipEncoder.from_pretrained`].
 

@@ -17,16 +17,18 @@ from transformers import AutoProcessor
 from ..adapters.attach import attach
 from ..adapters.collection import AdapterCollection
 from ..adapters.saving import save_adapter
-from ..bundled import bundled_folder
+from ..bundled import bundled_folder, bundled_requests
 from ..disk import replacing_file
 from ..evaluation.detection import DetectionEvaluation, class_precision
 from ..evaluation.figures import plot_detections
 from ..evaluation.report import VARIANTS, Report
+from ..evaluation.requests import evaluate_requests, load_requests
 from ..evaluation.text import Evaluation
 from ..generator.modeling_icm import ICMGenerator
 from ..tasks import load_tasks
 from ..tasks.annotated_images import crops
 from ..tasks.detection import detect
+from ..tasks.language_modeling import LanguageModelingTask
 
 SENTENCES = {"text": "continue a Shakespeare play", "detection": "detect sofas"}
 TEXTS = ("shakespeare", "bible", "latex", "german")  # rows of the short table
@@ -40,6 +42,7 @@ UNSEEN_PICTURES = 8  # of a class that no LoRA was trained for
 PICTURES = 4  # with the class, and as many without, that the short table is scored on
 SEEDS = (0, 1, 2)  # of z; the short table takes the first
 BATCH = {"text": 4, "detection": 32}
+ASKED, UNKNOWN_ASKED = {"text": 2, "detection": 6}, 18  # bundled requests for each task, and for none of them
 
 Say = Callable[[str], None]
 
@@ -48,14 +51,15 @@ def run_demo(output: str | Path, task: str = "text", *, full: bool = False, quie
     """Generate an adapter from a sentence, save it, and show what it changes.
 
     Args:
-        output (`str` or `Path`): Folder for `adapter/`, `demo.json` and `demo.png`, and for detection `detections.png`.
+        output (`str` or `Path`): Folder for `adapter/`, `demo.json`, `demo.png`, with `full` `requests.png`; `detections.png`.
         task (`str`, defaults to `"text"`): The bundle: `"text"` (18 domains of text) or `"detection"` (the five classes of the paper).
         full (`bool`, defaults to `False`): Score all tasks, seeds and controls on all held-out data, which takes minutes; by default a few
             tasks, one seed, on the beginning of their held-out data.
         quiet (`bool`, defaults to `False`): Print nothing; progress bars stay.
 
     Returns:
-        `dict`: [`Evaluation.to_dict`] or [`DetectionEvaluation.to_dict`]; under `adapter` the folder written. For text under `opening` the
+        `dict`: [`Evaluation.to_dict`] or [`DetectionEvaluation.to_dict`]; under `adapter` the folder written; with `full` under `requests`
+        [`RequestsReport.to_dict`]. For text under `opening` the
         beginning of a held-out text and under `continued` how `base` and `generated` go on. For detection under `picture` the drawing of
         what base, own LoRA and generated adapter find, and under `shown` their boxes and AP50 in it; under `unseen` the same of
         classes that no LoRA was trained for.
@@ -89,10 +93,11 @@ def run_demo(output: str | Path, task: str = "text", *, full: bool = False, quie
     evaluation = kind.evaluate(generator, processor, chosen, own, variants=variants, seeds=seeds, **options)
     result = {**evaluation.to_dict(), "adapter": str(adapter), **more}
     evaluation.plot(folder / "demo.png")
-    with replacing_file(folder / "demo.json") as file:
-        file.write_text(json.dumps(result, indent=1))
     if full:
         say(evaluation.table())
+        result["requests"] = _ask(kind, generator, processor, task, chosen, own, folder / "requests.png", say)
+    with replacing_file(folder / "demo.json") as file:
+        file.write_text(json.dumps(result, indent=1))
     say(f"\nown: the LoRA that was trained for the task. Seeds {evaluation.seeds}; {evaluation.seconds:.0f} s.")
     if not full:
         say("All tasks, seeds and controls, on all held-out data: --full (minutes).")
@@ -113,14 +118,46 @@ def _all_tasks(task: str, tasks: dict[str, Any]) -> tuple[list[Any], str]:
 def _few_tasks(task: str, tasks: dict[str, Any]) -> tuple[list[Any], str]:
     """A few tasks with the beginning of their held-out data, and what that is."""
     if task == "text":
-        texts = [replace(tasks[name], test_texts=[tasks[name].test_texts[0][:CHARACTERS]]) for name in TEXTS]
-        return texts, f"Perplexity on the first {CHARACTERS} characters of held-out text"
-    classes = []
-    for found in (tasks[name] for name in CLASSES):
-        images = [image for image in found.test_images if found.label in image.labels][:PICTURES]
-        images += [image for image in found.test_images if found.label not in image.labels][:PICTURES]
-        classes.append(replace(found, test_images=images))
-    return classes, f"AP50 on {2 * PICTURES} held-out pictures"
+        return [_beginning(tasks[name]) for name in TEXTS], f"Perplexity on the first {CHARACTERS} characters of held-out text"
+    return [_beginning(tasks[name]) for name in CLASSES], f"AP50 on {2 * PICTURES} held-out pictures"
+
+
+def _beginning(task: Any) -> Any:
+    """A task with the beginning of its held-out data."""
+    if isinstance(task, LanguageModelingTask):
+        return replace(task, test_texts=[task.test_texts[0][:CHARACTERS]])
+    images = [image for image in task.test_images if task.label in image.labels][:PICTURES]
+    return replace(task, test_images=images + [image for image in task.test_images if task.label not in image.labels][:PICTURES])
+
+
+def _ask(
+    kind: type[Report[Any]],
+    generator: ICMGenerator,
+    processor: Any,
+    bundle: str,
+    tasks: list[Any],
+    own: dict[str, torch.Tensor],
+    picture: Path,
+    say: Say,
+) -> dict[str, Any]:
+    """Some of the bundled requests: what each `on_unknown` keeps of the own LoRAs' gain, and what retrieval by the same encoder does."""
+    known, unknown = load_requests(bundled_requests(bundle), [task["name"] for task in generator.config.tasks or []])
+    some = {task.name: _spread(known[task.name], ASKED[bundle]) for task in tasks}
+    few = [_beginning(task) for task in tasks]
+    say(
+        f"\nNow {ASKED[bundle]} requests for each of them in words that nothing was trained on, and {UNKNOWN_ASKED} for something else,"
+        " on the beginning of the held-out data\n(settings were chosen on these; what others gave: python -m benchmarks.reading once):\n"
+    )
+    seed, batch_size = SEEDS[0], BATCH[bundle]
+    asked = evaluate_requests(kind, generator, processor, few, own, some, _spread(unknown, UNKNOWN_ASKED), seed=seed, batch_size=batch_size)
+    asked.plot(picture)
+    say(asked.table())
+    return asked.to_dict()
+
+
+def _spread(lines: list[str], count: int) -> list[str]:
+    """So many of them, from all over the list."""
+    return [lines[index * len(lines) // count] for index in range(count)]
 
 
 def _say_row(kind: type[Report[Any]], say: Say, task: Any, row: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..adapters.attach import attach
 from ..generator.modeling_icm import ICMGenerator
-from ..generator.requests import UnknownTaskWarning
+from ..unknown import UnknownTaskWarning
 from .figures import plot_bars
 
 VARIANTS = ("generated", "pictures", "text_and_pictures", "unseen_phrasing", "wrong_task", "gibberish")

@@ -17,11 +17,13 @@ from tqdm.auto import tqdm
 
 from ..adapters.attach import attach
 from ..generator.modeling_icm import ICMGenerator
-from ..generator.requests import ON_UNKNOWN, UnknownTaskWarning, scaled
+from ..generator.requests import scaled
+from ..unknown import ON_UNKNOWN, UnknownTaskWarning
 from .figures import save_figure
 from .report import Report, rounded, share_of
 
 SOURCES = ("generated", "retrieved")
+KINDS = {"unseen_phrasings": True, "unknown_requests": False}  # whether a request means a task
 KNOWN_READ = 0.95  # share of known requests at which the share of unknown ones is told
 
 
@@ -60,6 +62,7 @@ class RequestsReport:
         threshold (`float`, *optional*): Of familiarity.
         unit (`str`): Of a gain.
         seconds (`float`): What the evaluation took.
+        weights_sha256 (`str`, *optional*): Of the saved generator that was scored.
     """
 
     rows: list[Heard]
@@ -67,6 +70,7 @@ class RequestsReport:
     threshold: float | None
     unit: str
     seconds: float
+    weights_sha256: str | None = None
 
     def gain(self, row: Heard, source: str, on_unknown: str) -> float:
         """What a request gained: `"base"` and `"raise"` leave the base to whoever asks for something unknown."""
@@ -116,10 +120,9 @@ class RequestsReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: shares by source and `on_unknown`, how requests were heard, and every request."""
-        kinds = {"unseen_phrasings": True, "unknown_requests": False}
         shares = {
             kind: {source: rounded({mode: self.share(source, mode, meant=meant) for mode in ON_UNKNOWN}) for source in SOURCES}
-            for kind, meant in kinds.items()
+            for kind, meant in KINDS.items()
             if any((row.meant is not None) == meant for row in self.rows)
         }
         heard = {
@@ -132,7 +135,9 @@ class RequestsReport:
             **{f"aurc_{source}": self.aurc(source) for source in SOURCES},
         }
         rows = [{**asdict(row), "gains": rounded(row.gains)} for row in self.rows]
-        return {"share": shares, "heard": rounded(heard), "unit": self.unit, "seconds": round(self.seconds, 1), "requests": rows}
+        known = sum(row.meant is not None for row in self.rows)
+        facts = {"share": shares, "heard": rounded(heard), "unit": self.unit, "known": known, "unknown": len(rows) - known}
+        return {**facts, "seconds": round(self.seconds, 1), "weights_sha256": self.weights_sha256, "requests": rows}
 
     def _taken(self, *, meant: bool) -> float | None:
         rows = [row.known for row in self.rows if (row.meant is not None) == meant]
@@ -141,10 +146,12 @@ class RequestsReport:
     def table(self) -> str:
         """What [`~RequestsReport.to_dict`] says of all requests, in lines."""
         found = self.to_dict()
-        lines = [f"{'share of the own LoRAs gain':34}" + "".join(f"{mode:>9}" for mode in ON_UNKNOWN)]
+        modes = [mode for mode in ON_UNKNOWN if mode != "raise"]  # it leaves the base, as "base" does: how often it answers is told
+        lines = [f"{'share of the own LoRAs gain':34}" + "".join(f"{mode:>9}" for mode in (*modes, "answered"))]
         for kind, by_source in found["share"].items():
             for source, shares in by_source.items():
-                cells = "".join(f"{'n/a' if shares[mode] is None else format(shares[mode], '.2f'):>9}" for mode in ON_UNKNOWN)
+                values = [*(shares[mode] for mode in modes), self._taken(meant=KINDS[kind])]
+                cells = "".join(f"{'n/a' if value is None else format(value, '.2f'):>9}" for value in values)
                 lines.append(f"{f'{kind}, {source}'.replace('_', ' '):34}{cells}")
         lines += [
             f"{name.replace('_', ' '):34}{'n/a' if value is None else format(value, '.3f'):>9}" for name, value in found["heard"].items()
@@ -196,6 +203,31 @@ def load_requests(file: str | os.PathLike[str], tasks: Sequence[str]) -> tuple[d
     if not any(known.values()):
         raise ValueError(f"{file} has no sentence under known: it must be of the form {shape}.")
     return known, unknown
+
+
+def card_facts(file: str | os.PathLike[str], generator: ICMGenerator) -> dict[str, Any]:
+    """What a generator's card tells of a report: kept in `config.training["requests"]`.
+
+    Args:
+        file (`str` or `Path`): What `peft-icm evaluate --requests ... -o FILE` wrote, [`~RequestsReport.to_dict`] as JSON.
+        generator ([`ICMGenerator`]): As it was loaded.
+
+    Returns:
+        `dict[str, Any]`
+
+    Raises:
+        `OSError`: If the file cannot be read.
+        `ValueError`: If it is no such report, or one of other weights.
+    """
+    try:
+        report = json.loads(Path(file).read_text(encoding="utf-8"))
+        facts = {name: report[name] for name in ("share", "heard", "unit", "known", "unknown")}
+        measured_on = report["weights_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no report that peft-icm evaluate --requests wrote ({error!r}).") from error
+    if measured_on != generator.saved_sha256:
+        raise ValueError(f"{file} was measured on other weights than those of {generator.name_or_path}: evaluate --requests again.")
+    return facts
 
 
 def evaluate_requests(
@@ -273,4 +305,5 @@ def evaluate_requests(
         }
         figures = (round(reading.confidence, 4), round(reading.familiarity, 4), round(reading.worth, 4))
         rows.append(Heard(line, meant, task.name, reading.task, *figures, reading.known, gains))
-    return RequestsReport(rows, gains_of_own, threshold, kind.unit, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return RequestsReport(rows, gains_of_own, threshold, kind.unit, seconds, generator.saved_sha256)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters.attach import attach
+from ..adapters.base import check_bare
 from .generation import AdapterMixin
 from .networks import DirectNetwork
 from .requests import TaskInputs
@@ -154,6 +155,5 @@ class AdaptingMixin(AdapterMixin):
     def _lent_base(self, base_model: Any) -> Any:
         """The base that examples are read with: without adapters, and as it is."""
         model = self._base_for(base_model, None)
-        if isinstance(model, PeftModel):
-            raise ValueError("base_model carries adapters, merged ones perhaps: pass the base itself, its examples are read without any.")
+        check_bare(model)
         return model.requires_grad_(False).eval()

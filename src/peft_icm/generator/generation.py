@@ -20,8 +20,9 @@ from ..adapters.layout import AdapterLayout
 from ..conditioning import JoinedEncoder, Picture, TaskEncoder, load_task_encoder, open_images
 from ..disk import MAX_NAME_BYTES, inside
 from ..hub.files import is_local, resolve
+from ..unknown import OnUnknown, check_request
 from .configuration_icm import ICMConfig
-from .requests import OnUnknown, RequestsMixin, TaskInputs, check_request, scaled
+from .requests import RequestsMixin, TaskInputs, scaled
 from .sampling import Generators, as_conditions
 
 # One for the process: transformers sets the process's default dtype while it builds a model.
@@ -29,8 +30,8 @@ LOADING = threading.RLock()
 
 
 class Source(dict[str, Any]):
-    """Where a generator was found: `name`, `revision` (the commit, of a Hub repo), `subfolder`, and `token`, `cache_dir`,
-    `local_files_only` for what belongs to it. A pickle or a copy has no token."""
+    """Where a generator was found: `name`, `revision` (the commit, of a Hub repo), `subfolder`, `sha256` of its weights, and `token`,
+    `cache_dir`, `local_files_only` for what belongs to it. A pickle or a copy has no token."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Everything but the token."""

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from .condition_space import ConditionSpace, task_means
 
 MISSED = 0.05  # of the held-out phrasings of its own tasks, the share that a generator may take for unknown
-SURE = 0.9  # probability of a task from which its mean is decoded; chosen on benchmarks/reading/choose.json
+SURE = 0.9  # probability of a task from which its mean is decoded; chosen on bundled/requests
 LEFT_OUT_WEIGHT = 0.25  # of the tasks left out, among what is unknown
 # What a wrong adapter costs, in what the right one gains: on the bundled text world a foreign request 1.0, another task's adapter 3.5.
-# Chosen on the text world's requests in benchmarks/reading/choose.json; see docs/results.md.
+# Chosen on the text world's requests in bundled/requests; see docs/results.md.
 HARM = 1.5
 
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from ..conditioning import Picture
+from ..unknown import UnknownTaskError, UnknownTaskWarning
 from .condition_space import ConditionSpace
 from .configuration_icm import ICMConfig
 from .reading import Reader, Reading
 from .text_reading import TextReader
 
 logger = logging.getLogger(__name__)
-
-OnUnknown = Literal["warn", "shrink", "base", "raise"]
-ON_UNKNOWN: tuple[str, ...] = get_args(OnUnknown)
 
 
 class TaskInputs(TypedDict, total=False):
@@ -35,14 +32,6 @@ class TaskInputs(TypedDict, total=False):
     examples: Sequence[str] | None
     images: Sequence[Picture] | None
     task_vector: Tensor | None
-
-
-class UnknownTaskWarning(UserWarning):
-    """A request was less familiar than the generator's threshold, and got the adapter of the task that it resembles most."""
-
-
-class UnknownTaskError(ValueError):
-    """A request was less familiar than the generator's threshold, and `on_unknown` is `"raise"`."""
 
 
 class RequestsMixin:
@@ -185,22 +174,6 @@ class RequestsMixin:
             stacklevel=4,
         )
         return vector, strength
-
-
-def check_request(on_unknown: str, strength: float) -> None:
-    """Refuse what `generate_adapter` does not take.
-
-    Args:
-        on_unknown (`str`): One of `ON_UNKNOWN`.
-        strength (`float`): A finite number >= 0.
-
-    Raises:
-        `ValueError`: If it is none.
-    """
-    if on_unknown not in ON_UNKNOWN:
-        raise ValueError(f"on_unknown={on_unknown!r} is unknown: choose one of {', '.join(ON_UNKNOWN)}.")
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength) or strength < 0:
-        raise ValueError(f"strength={strength!r} must be a finite number >= 0: 1 is the adapter as it is, 0 the base.")
 
 
 def scaled(state_dict: Mapping[str, Tensor], strength: float) -> dict[str, Tensor]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from huggingface_hub import CommitInfo
@@ -16,14 +16,13 @@ from transformers import PreTrainedModel
 
 from ..disk import inside, replacing_folder
 from ..hub.cards import generator_card
-from ..hub.files import BASE_FOLDER, REPORT, copy_base, published, push_folder, resolve
+from ..hub.files import BASE_FOLDER, REPORT, PushOptions, copy_base, published, push_folder, resolve
 from .configuration_icm import ICMConfig
 from .generation import LOADING, AdapterMixin, Source
 from .weights import check_weights, hash_weights, weight_files, weight_names
 
 ENCODER_FOLDER = "encoder"
 _OWN_FILES = ("config.json", "model*.safetensors", "model.safetensors.index*.json")  # not those of encoder/ and base_model/
-_PUSH = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
 class SavedModel(AdapterMixin, PreTrainedModel):
@@ -74,11 +73,16 @@ class SavedModel(AdapterMixin, PreTrainedModel):
         generator = loaded[0] if isinstance(loaded, tuple) else loaded
         generator.config.weights_sha256 = None  # of what is on disk
         generator.config.name_or_path = generator.name_or_path = name
-        generator._source = Source(name=name, subfolder=subfolder, **given)
+        generator._source = Source(name=name, subfolder=subfolder, sha256=found, **given)
         generator._source.pop("revision", None)
         if not os.path.isdir(name):
             generator._source["revision"] = generator.config._commit_hash = root.name
         return loaded
+
+    @property
+    def saved_sha256(self) -> str | None:
+        """sha256 of the weights that this generator was loaded from; `None` where it was loaded from nowhere."""
+        return self._source.get("sha256")
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -109,7 +113,7 @@ class SavedModel(AdapterMixin, PreTrainedModel):
         target = Path(save_directory)
         if target.exists() and not target.is_dir():
             raise OSError(f"{target} is a file: choose a folder.")
-        push = {name: kwargs.pop(name) for name in (*_PUSH, "repo_id") if name in kwargs}
+        push = {name: kwargs.pop(name) for name in (*PushOptions.__annotations__, "repo_id") if name in kwargs}
         if not is_main_process:
             super().save_pretrained(save_directory, is_main_process=False, **kwargs)
             return
@@ -164,17 +168,10 @@ class SavedModel(AdapterMixin, PreTrainedModel):
         repo_id: str,
         *,
         with_base_model: bool = False,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
         max_shard_size: int | str = "50GB",
         safe_serialization: bool = True,
-        tags: Sequence[str] | None = None,
-        overwrite_card: bool = False,
         report: Mapping[str, Any] | None = None,
+        **push: Unpack[PushOptions],
     ) -> CommitInfo:
         """Push the generator in one commit, with a card that tells what is known and nothing else.
 
@@ -184,18 +181,12 @@ class SavedModel(AdapterMixin, PreTrainedModel):
             repo_id (`str`): `"org/name"`; created where it does not exist.
             with_base_model (`bool`, defaults to `False`): Push a base model that is a local folder too, in `base_model/`. Without it others
                 pass `base_model=`.
-            commit_message (`str`, *optional*): Message of the commit; by default `"Upload ICMGenerator"`.
-            commit_description (`str`, *optional*): What stands below the message.
-            private (`bool`, *optional*): Create a private repo.
-            token (`str` or `bool`, *optional*): Access token; by default the stored one.
-            revision (`str`, *optional*): Branch.
-            create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
             max_shard_size (`int` or `str`, defaults to `"50GB"`): Of a weight file.
             safe_serialization (`bool`, defaults to `True`): There for those who pass it; there is no other way.
-            tags (`Sequence[str]`, *optional*): More tags for the card.
-            overwrite_card (`bool`, defaults to `False`): Replace a card that was edited by hand.
             report (`Mapping`, *optional*): What [`memorisation_report`] returned: goes along as `memorisation.json`, and its means into
                 the card.
+            **push: `commit_message`, `commit_description`, `tags`, `private`, `token`, `revision`, `create_pr` and `overwrite_card`: see
+                [`PushOptions`].
 
         Returns:
             `huggingface_hub.CommitInfo`: Of the one commit.
@@ -204,6 +195,7 @@ class SavedModel(AdapterMixin, PreTrainedModel):
             `ValueError`: If `safe_serialization` is off, or a file names a folder of this machine; nothing is on the Hub then.
         """
         _check_safe(safe_serialization)
+        push["commit_message"] = push.get("commit_message") or "Upload ICMGenerator"
 
         def write(folder: Path) -> None:
             self.save_pretrained(folder, with_base_model=with_base_model, max_shard_size=max_shard_size)
@@ -230,14 +222,7 @@ class SavedModel(AdapterMixin, PreTrainedModel):
             repo_id,
             card=lambda folder: generator_card(ICMConfig.from_pretrained(folder).to_dict(), repo_id=repo_id, folder=folder, report=report),
             source=None if self._source.on_hub or "name" not in self._source else Path(self._source["name"], self._source["subfolder"]),
-            commit_message=commit_message or "Upload ICMGenerator",
-            commit_description=commit_description,
-            tags=tags,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            overwrite_card=overwrite_card,
+            **push,
         )
 
     @classmethod

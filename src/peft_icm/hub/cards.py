@@ -29,6 +29,7 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
+MODES = ("warn", "shrink", "base")  # of on_unknown; "raise" does not answer, and how often it does is told
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # The one sentence on where an adapter's weights come from; it is replaced when they change, in a card that was edited by hand too.
 GENERATED = "Generated, not trained: by an ICMGenerator of peft_icm."
@@ -79,6 +80,7 @@ def generator_card(
         files += (Path(folder) / str(encoder["folder"])).rglob("*")
     generator_bytes = sum(file.stat().st_size for file in files if file.is_file())
     metrics = [metric for metric in _list(training.get("metrics")) if _is_metric(metric)]
+    requests = _requests(_mapping(training.get("requests")))
     accepts = _accepts(encoder)
     first = next((task["description"] for task in tasks if task["description"]), "what you need")
     calls = {"text": repr(first), "examples": "examples=[...]", "images": "images=[...]"}
@@ -87,17 +89,18 @@ def generator_card(
         library_name="peft_icm",
         base_model=None if travels else _hub_id(named),
         tags=["icm", "lora", "peft", "hypernetwork", "adapter-generator"],
-        model_name=model_name if metrics else None,
+        model_name=model_name if metrics or requests else None,
         eval_results=[
             EvalResult(
                 task_type=_pipeline(layout) or "other",
                 dataset_type="peft_icm",
                 dataset_name=metric["dataset"],
+                dataset_config=metric["dataset"],  # results of one config are listed under one name
                 metric_type=metric["type"],
                 metric_name=metric["name"],
                 metric_value=metric["value"],
             )
-            for metric in metrics
+            for metric in (*metrics, *_requests_metrics(requests))
         ]
         or None,
     )
@@ -124,6 +127,7 @@ def generator_card(
         facts=_training_facts(training),
         metrics=metrics,
         reading=_reading_facts(_mapping(training.get("reading"))),
+        requests=requests,
         report=report,
         report_file=REPORT,
         **_lora(layout),
@@ -301,6 +305,43 @@ def _reading_facts(reading: Mapping[str, Any]) -> list[tuple[str, Any]]:
         "foreign_requests_read": "share of them taken for known",
     }
     return _named(reading, names)
+
+
+def _requests(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what `evaluate --requests` found: rows of shares by kind and source, then single figures; empty where nothing was measured."""
+    share, heard = _mapping(measured.get("share")), _mapping(measured.get("heard"))
+    answered = {"unseen_phrasings": heard.get("known_of_known"), "unknown_requests": heard.get("known_of_unknown")}
+    titles = {
+        "right": "task heard right",
+        "unknown_at_95_of_known": "unknown requests taken for known, where 95 % of the known are",
+        "aurc_generated": "area under risk and coverage, generated",
+        "aurc_retrieved": "area under risk and coverage, retrieved",
+    }
+    shares = [
+        (kind.replace("_", " "), source, [*(_mapping(_mapping(share.get(kind)).get(source)).get(mode) for mode in MODES), answered[kind]])
+        for kind in answered
+        for source in ("generated", "retrieved")
+    ]
+    rows = [(kind, source, values) for kind, source, values in shares if all(map(_is_number, values))]
+    figures = [(name, title, heard[name]) for name, title in titles.items() if _is_number(heard.get(name))]
+    counts = {name: measured.get(name) for name in ("known", "unknown")}
+    return {"rows": rows, "figures": figures, **counts} if rows and all(map(_is_number, counts.values())) else {}
+
+
+def _requests_metrics(requests: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The generator's own figures of [`_requests`], as the Hub lists metrics; retrieval, which stands beside them, is none of its own."""
+    metrics = [
+        {"type": f"share_{mode}", "name": f"share of the own LoRAs' gain, on_unknown={mode!r}", "dataset": kind, "value": value}
+        for kind, source, values in requests.get("rows", [])
+        for mode, value in zip(MODES, values, strict=False)
+        if source == "generated"
+    ]
+    figures = [figure for figure in requests.get("figures", []) if figure[0] != "aurc_retrieved"]
+    return metrics + [{"type": name, "name": title, "dataset": "requests", "value": value} for name, title, value in figures]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _named(values: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[str, Any]]:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from json import JSONDecodeError
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, constants, snapshot_download
@@ -107,6 +107,30 @@ def resolve(
 
 
 # ---------------------------------------------------------------------- push
+class PushOptions(TypedDict, total=False):
+    """How something is pushed; whatever is pushed takes these.
+
+    Args:
+        commit_message (`str`): Message of the commit; by default it says what is uploaded.
+        commit_description (`str`, *optional*): What stands below the message.
+        tags (`Sequence[str]`, *optional*): More tags for the card that is made.
+        private (`bool`, *optional*): Create a private repo.
+        token (`str` or `bool`, *optional*): Access token; by default the stored one.
+        revision (`str`, *optional*): Branch; created where it does not exist.
+        create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
+        overwrite_card (`bool`, defaults to `False`): Replace a card that was edited by hand on the Hub.
+    """
+
+    commit_message: str | None
+    commit_description: str | None
+    tags: Sequence[str] | None
+    private: bool | None
+    token: str | bool | None
+    revision: str | None
+    create_pr: bool
+    overwrite_card: bool
+
+
 def push_folder(
     write: Callable[[Path], Any],
     repo_id: str,
@@ -133,14 +157,7 @@ def push_folder(
         card (`Callable[[Path], ModelCard]`): Makes the card of the written folder.
         source (`str` or `Path`, *optional*): The local folder that all this was loaded from, if any.
         repo_type (`str`, defaults to `"model"`): `"model"` or `"dataset"`.
-        commit_message (`str`, *optional*): Message of the commit.
-        commit_description (`str`, *optional*): What stands below the message.
-        tags (`Sequence[str]`, *optional*): More tags for the card that is made here.
-        private (`bool`, *optional*): Create a private repo.
-        token (`str` or `bool`, *optional*): Access token.
-        revision (`str`, *optional*): Branch; created where it does not exist.
-        create_pr (`bool`, defaults to `False`): Open a pull request.
-        overwrite_card (`bool`, defaults to `False`): Replace a card that was edited by hand on the Hub.
+        commit_message, commit_description, tags, private, token, revision, create_pr, overwrite_card: See [`PushOptions`].
 
     Returns:
         `huggingface_hub.CommitInfo`

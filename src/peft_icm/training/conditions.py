@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,10 +72,8 @@ def training_conditions(
     sentences = [collection.descriptions.get(task) or [] for task in collection.tasks]
     if encoder is None or "text" not in encoder.accepts or not count or not any(sentences):
         return Conditions(rows, held_out, own[0][:0])
-    for index, own_sentences in enumerate(sentences):
-        if own_sentences and len(own_sentences) < count:
-            said = _say(own_sentences, count - len(own_sentences), seed)
-            rows[index] = torch.cat([rows[index], encoder.read("text", said)])
+    said = [_say(some, count - len(some), seed) if 0 < len(some) < count else [] for some in sentences]
+    rows = [torch.cat(both) for both in zip(rows, _read(encoder, "text", said), strict=True)]
     if not threshold:
         return Conditions(rows, held_out, own[0][:0])
     said_otherwise, others = unheard(sentences, encoder, seed)
@@ -95,7 +94,7 @@ def unheard(sentences: list[list[str]], encoder: TaskEncoder, seed: int = 0) -> 
     """
     each = max(4, min(HELD_OUT_PHRASINGS, HELD_OUT_SENTENCES // len(sentences)))
     own = encoder.read("text", [sentence for task in sentences for sentence in task])
-    held_out = [encoder.read("text", _say(task, each, seed, held_out=True)) if task else own[:0] for task in sentences]
+    held_out = _read(encoder, "text", [_say(task, each, seed, held_out=True) if task else [] for task in sentences])
     others = encoder.read("text", [*foreign(seed), *foreign(seed, held_out=True)])
     far = (F.normalize(others, dim=1) @ F.normalize(own, dim=1).T).amax(1) < ALIKE
     return held_out, others[far]
@@ -121,35 +120,50 @@ def _say(sentences: list[str], count: int, seed: int, held_out: bool = False) ->
     return [line for sentence in sentences for line in phrasings(sentence, each, seed=seed, held_out=held_out)]
 
 
-def task_conditions(task: Any, encoder: TaskEncoder, count: int, seed: int = 0) -> list[Tensor]:
-    """The task vectors of a task without a LoRA, from everything of it that an encoder reads.
+def task_conditions(tasks: Sequence[Any], encoder: TaskEncoder, count: int, seed: int = 0) -> list[list[Tensor]]:
+    """The task vectors of tasks without a LoRA, from everything of them that an encoder reads.
 
     Args:
-        task ([`LanguageModelingTask`] or [`DetectionTask`]): Its sentences, and excerpts of its texts or pictures of its objects.
+        tasks (`Sequence[LanguageModelingTask or DetectionTask]`): Their sentences, excerpts of their texts, pictures of their objects.
         encoder (`TaskEncoder`): That reads at least one of them.
         count (`int`): Sentences that a task should have: one with fewer gets phrasings of those it has. 0 for none.
         seed (`int`, defaults to 0): Of the phrasings.
 
     Returns:
-        `list[Tensor]`: `[m, d]` for each of `encoder.accepts` that the task has.
+        `list[list[Tensor]]`: Of each task `[m, d]` for each of `encoder.accepts` that it has.
 
     Raises:
-        `ValueError`: If the task has nothing that the encoder reads.
+        `ValueError`: If a task has nothing that the encoder reads.
     """
-    found = []
+    found: list[list[Tensor]] = [[] for _ in tasks]
     for argument in encoder.accepts:
-        items: list[Any] = []
-        if argument == "text":
-            items = sentences_of(task.descriptions, count, seed)
-        elif argument == "examples" and isinstance(task, LanguageModelingTask):
-            items = excerpts(task.train_texts, EXCERPTS)
-        elif argument == "images" and isinstance(task, DetectionTask):
-            items = crops(task.train_images, task.label, CROPS)
-        if items:
-            found.append(encoder.read(argument, items))
-    if not found:
-        raise ValueError(f"Task {task.name!r} has nothing that the {encoder.kind} encoder reads, {' or '.join(encoder.accepts)}.")
+        if argument == "images":  # one task at a time: texts are small, pictures are not
+            rows = [_read(encoder, argument, [_shown(task, argument, count, seed)])[0] for task in tasks]
+        else:
+            rows = _read(encoder, argument, [_shown(task, argument, count, seed) for task in tasks])
+        for groups, group in zip(found, rows, strict=True):
+            groups += [group] if len(group) else []
+    nothing = next((task.name for task, groups in zip(tasks, found, strict=True) if not groups), None)
+    if nothing is not None:
+        raise ValueError(f"Task {nothing!r} has nothing that the {encoder.kind} encoder reads, {' or '.join(encoder.accepts)}.")
     return found
+
+
+def _shown(task: Any, argument: str, count: int, seed: int) -> list[Any]:
+    if argument == "text":
+        return sentences_of(task.descriptions, count, seed)
+    if argument == "examples" and isinstance(task, LanguageModelingTask):
+        return excerpts(task.train_texts, EXCERPTS)
+    if argument == "images" and isinstance(task, DetectionTask):
+        return crops(task.train_images, task.label, CROPS)
+    return []
+
+
+def _read(encoder: TaskEncoder, argument: str, parts: list[list[Any]]) -> list[Tensor]:
+    """`[len(part), d]` of each part, read together: what the encoder warns of is told once, and of all."""
+    if not any(parts):
+        return [torch.zeros(0, encoder.dim) for _ in parts]
+    return list(encoder.read(argument, [item for part in parts for item in part]).split([len(part) for part in parts]))
 
 
 def excerpts(texts: list[str], count: int) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import AutoConfig, AutoProcessor, EvalPrediction, PreTrainedModel, ProcessorMixin, Trainer
 
-from ..adapters.base import base_class
+from ..adapters.base import base_class, check_bare
 from ..adapters.examples import collate, example_losses
 from ..adapters.layout import AdapterLayout
 from ..adapters.per_sample import PerSampleLora
@@ -134,8 +134,8 @@ class ThroughTask:
         processor (*optional*): Of the base.
 
     Raises:
-        `ValueError`: If the base does not fit the generator's layout or a target of it is no linear layer, a task is of another modality
-            than the encoder and the base, or two tasks have one name.
+        `ValueError`: If the base carries adapters or does not fit the generator's layout, a target of it is no linear layer, a task is of
+            another modality than the encoder and the base, or two tasks have one name.
     """
 
     label_names = ("labels",)
@@ -156,13 +156,15 @@ class ThroughTask:
         names = [task.name for task in (*tasks, *eval_tasks)]
         if len(set(names)) < len(names):
             raise ValueError(f"Tasks need different names, held-out ones too, found {sorted(names)}.")
-        self.base = base_model if isinstance(base_model, PreTrainedModel) else _load(str(base_model))
+        self.base: Any = base_model if isinstance(base_model, torch.nn.Module) else _load(str(base_model))
+        check_bare(self.base)
         processor = processor or AutoProcessor.from_pretrained(self.base.name_or_path, trust_remote_code=False)
         for task in (*tasks, *eval_tasks):
             if isinstance(task, DetectionTask) != isinstance(processor, ProcessorMixin):
                 has, reads = ("pictures", "texts") if isinstance(task, DetectionTask) else ("texts", "pictures")
                 raise ValueError(f"Task {task.name!r} has {has}, the base {self.base.name_or_path} reads {reads}: take another base.")
-        vectors = [task_conditions(task, encoder, args.phrasings, args.seed) for task in self.tasks]
+        conditions = task_conditions([*tasks, *eval_tasks], encoder, args.phrasings, args.seed)
+        vectors, unseen = conditions[: len(self.tasks)], conditions[len(self.tasks) :]
         self.reading: dict[str, Any]
         if isinstance(model, ICMGenerator):
             self.generator, self.reading = model, (model.config.training or {}).get("reading", {})
@@ -187,11 +189,7 @@ class ThroughTask:
 
         self.means = torch.stack([encoder.average(torch.cat(groups)) for groups in vectors])
         self.train_dataset = episodes(self.tasks, vectors)
-        self.eval_dataset = (
-            {"unseen": episodes(eval_tasks, [task_conditions(task, encoder, args.phrasings, args.seed) for task in eval_tasks])}
-            if eval_tasks
-            else None
-        )
+        self.eval_dataset = {"unseen": episodes(eval_tasks, unseen)} if eval_tasks else None
 
     def sampler(self, dataset: Any, evaluate: bool = False) -> TaskSampler:
         """The order of the tasks."""
