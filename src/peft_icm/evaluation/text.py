@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..generator.modeling_icm import ICMGenerator
 from ..tasks.language_modeling import NLL, LanguageModelingTask, nll
+from ..tasks.records import Record
 from .report import Report
 
 
@@ -20,7 +21,7 @@ class Evaluation(Report[NLL]):
     shown = ("{ppl:.2f}", "{bpc:.3f}")
 
     @staticmethod
-    def tested_on(task: LanguageModelingTask) -> tuple[str, Sequence[str]]:
+    def tested_on(task: LanguageModelingTask) -> tuple[str, Sequence[Record]]:
         """Its test texts."""
         return "test texts", task.test_texts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..conditioning.phrasings import foreign, phrasings
 from ..tasks.annotated_images import crops
 from ..tasks.detection import DetectionTask
 from ..tasks.language_modeling import LanguageModelingTask
+from ..tasks.records import Record
 
 HELD_OUT_PHRASINGS, HELD_OUT_SENTENCES = 48, 4096  # of each task, and of all: of many tasks a few phrasings each are enough
 EVERY = 5  # of the collection's own vectors, each fifth is kept for the threshold, where a task has as many
@@ -152,8 +154,8 @@ def task_conditions(task: Any, encoder: TaskEncoder, count: int, seed: int = 0) 
     return found
 
 
-def excerpts(texts: list[str], count: int) -> list[str]:
-    """Pieces of 400 characters from all over the texts, at most so many."""
-    pieces = [text[start : start + EXCERPT] for text in texts for start in range(0, len(text), EXCERPT)]
+def excerpts(texts: Sequence[Record], count: int) -> list[str]:
+    """Pieces of 400 characters from all over the texts, at most so many; of a prompt its completion is part."""
+    pieces = [text[start : start + EXCERPT] for text in map(str, texts) for start in range(0, len(text), EXCERPT)]
     pieces = [piece for piece in pieces if piece.strip()]
     return pieces[:: -(-len(pieces) // count)] if pieces else []
