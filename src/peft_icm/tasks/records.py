@@ -72,7 +72,7 @@ class Conversation:
         messages (`Sequence[Mapping[str, str]]`): `role` and `content` of each, at least one of the assistant's.
 
     Raises:
-        `ValueError`: If a message has other fields or a blank content, or the assistant says nothing.
+        `ValueError`: If a message has other fields or a blank content, or the assistant says nothing, or speaks first.
     """
 
     messages: Sequence[Mapping[str, str]]
@@ -84,8 +84,8 @@ class Conversation:
         for one in found:
             _words(one["role"], "the role of a message")
             _words(one["content"], f"the content of a message of role {one['role']!r:.40}")
-        if all(one["role"] != "assistant" for one in found):
-            raise ValueError("none of the messages is of role 'assistant': there is nothing to learn.")
+        if all(one["role"] != "assistant" for one in found) or found[0]["role"] == "assistant":
+            raise ValueError("messages must have one of role 'assistant', which is learnt, and another before it, which asks for it.")
 
     def __str__(self) -> str:
         return "\n".join(f"{one['role']}: {one['content']}" for one in self.messages)
