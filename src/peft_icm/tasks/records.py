@@ -171,7 +171,7 @@ def records(value: Any, what: str) -> list[Record]:
 
 
 # ---------------------------------------------------------------------- files
-def read_examples(file: Path, also: Sequence[str] = ()) -> list[tuple[Record, dict[str, Any]]]:
+def read_examples(file: Path, also: Sequence[str] = ()) -> list[tuple[Record, dict[str, str]]]:
     """Read a file of examples; its format is recognised from the columns.
 
     Args:
@@ -179,13 +179,13 @@ def read_examples(file: Path, also: Sequence[str] = ()) -> list[tuple[Record, di
         also (`Sequence[str]`): Columns that may stand beside them.
 
     Returns:
-        `list[tuple[Record, dict]]`: Each record, and what stands beside it.
+        `list[tuple[Record, dict[str, str]]]`: Each record, and what stands beside it.
 
     Raises:
         `ValueError`: Naming file and line, if a line is broken, is of another format than those before, has a column of another name, or
             is empty where there must be words; or if there is no example.
     """
-    found: list[tuple[Record, dict[str, Any]]] = []
+    found: list[tuple[Record, dict[str, str]]] = []
     first = None
     for place, row in _rows(file):
         try:
@@ -194,7 +194,8 @@ def read_examples(file: Path, also: Sequence[str] = ()) -> list[tuple[Record, di
             if first and form != first:
                 raise ValueError(f"{form}, where the lines before have {first}: one format a file.")
             first = form
-            found.append((_record(form, given), {name: row[name] for name in also if row.get(name) is not None}))
+            beside = {name: _words(row[name], f"the {name}") for name in also if row.get(name) not in (None, "")}
+            found.append((_record(form, given), beside))
         except ValueError as error:
             raise ValueError(f"{file}, {place}: {error}") from error
     if not found:
