@@ -52,6 +52,39 @@ def tasks(args: argparse.Namespace) -> dict[str, Any]:
     return {"folder": args.output, **facts}
 
 
+def gather_options(p: argparse.ArgumentParser) -> None:
+    """Options of `peft-icm gather`."""
+    p.add_argument("adapters", nargs="+", metavar="adapter", help="folder or Hub id of a PEFT LoRA; all of one layout")
+    p.add_argument("-o", "--output", "--output-dir", required=True, help="folder of the collection")
+    _description_option(p)
+    p.add_argument("--token", help="access token; by default the stored one")
+
+
+def gather(args: argparse.Namespace) -> dict[str, Any]:
+    """LoRAs that exist become a collection."""
+    cli_verbs.check_folder(args.output, cli_verbs.COLLECTION)
+    given = _descriptions(args.description)
+    from .adapters.collection import AdapterCollection, adapter_name
+    from .adapters.layout import ADAPTER_FILES
+    from .hub.card_reading import CARD, description_of
+    from .hub.files import resolve
+
+    folders = {name: resolve(name, allow_patterns=(*ADAPTER_FILES, CARD), token=args.token) for name in args.adapters}
+    names = [adapter_name(name, folder) for name, folder in folders.items()]
+    if strangers := given.keys() - set(names):
+        raise ValueError(f"--description names {min(strangers)!r}: the adapters are {', '.join(names)}.")
+    sentences = [given.get(name) or description_of(folder) for name, folder in zip(names, folders.values(), strict=True)]
+    if silent := [name for name, sentence in zip(names, sentences, strict=True) if not sentence]:
+        raise ValueError(f"No card says what {', '.join(silent)} does: give --description {silent[0]}=SENTENCE for each.")
+    described = [sentence for sentence in sentences if sentence]
+    collection = AdapterCollection.from_adapters(list(folders), described, token=args.token)
+    collection.save_pretrained(args.output)
+    for name, said in collection.descriptions.items():
+        cli_verbs.say(args, f'{name}: "{said[0]}"')
+    cli_verbs.say(args, f"{len(names)} adapters, P = {collection.layout.numel:,}: {args.output}")
+    return {"collection": args.output, "descriptions": collection.descriptions, "numel": collection.layout.numel}
+
+
 def _descriptions(given: list[str]) -> dict[str, list[str]]:
     """`NAME=SENTENCE` by name."""
     found: dict[str, list[str]] = {}

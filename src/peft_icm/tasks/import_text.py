@@ -53,7 +53,8 @@ def text_tasks(source: Path, output: Path, *, descriptions: Mapping[str, list[st
             task = safe_name(beside.get("task", name), "task")
             here.setdefault(task, []).append(record)
             known = found.setdefault(task, _Found()).descriptions
-            known += {beside["description"]} - set(known) if "description" in beside else ()
+            sentence = beside.get("description")
+            known += [sentence] if sentence and sentence not in known else []
         for task, records in here.items():
             if split in found[task].splits:
                 raise ValueError(f"{file} has examples of task {task!r} to {split}, and so has another file: put them into one.")
