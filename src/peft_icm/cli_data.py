@@ -75,7 +75,7 @@ def gather(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--description names {min(strangers)!r}: the adapters are {', '.join(names)}.")
     sentences = [given.get(name) or description_of(folder) for name, folder in zip(names, folders.values(), strict=True)]
     if silent := [name for name, sentence in zip(names, sentences, strict=True) if not sentence]:
-        raise ValueError(f"No card says what {', '.join(silent)} does: give --description {silent[0]}=SENTENCE for each.")
+        raise ValueError(f"No card says what {', '.join(silent)} do: give --description {silent[0]}=SENTENCE, and so for each.")
     described = [sentence for sentence in sentences if sentence]
     collection = AdapterCollection.from_adapters(list(folders), described, token=args.token)
     collection.save_pretrained(args.output)

@@ -36,7 +36,7 @@ def answers(
         progress (`bool`, defaults to `True`): Show a progress bar when there are more than 20 batches.
 
     Returns:
-        `list[str]`: One for each, without special tokens.
+        `list[str]`: One for each, up to its end and without special tokens.
 
     Raises:
         `ValueError`: If a number is too small, or the tokenizer has no chat template for a conversation.
@@ -69,8 +69,9 @@ def answers(
             for row, index in enumerate(batch):  # padded at the beginning: what is generated follows the prompt
                 tokens[row, width - len(prompts[index]) :], mask[row, width - len(prompts[index]) :] = torch.tensor(prompts[index]), 1
             generated = model.generate(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), **options)[:, width:]
-            for index, answer in zip(batch, tokenizer.batch_decode(generated, skip_special_tokens=True), strict=True):
-                found[index] = answer
+            for index, row_ids in zip(batch, generated.tolist(), strict=True):
+                end = next((place for place, token in enumerate(row_ids) if token in ends), None)
+                found[index] = tokenizer.decode(row_ids[:end], skip_special_tokens=True)
     finally:
         model.train(was_training)
     return found
