@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from command_line import run
 from peft import LoraConfig, get_peft_model
 from test_conditioning import clip
 from tiny import TEXTS, generator, llama, tokenizer
@@ -11,12 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from peft_icm import AdapterLayout
 from peft_icm.adapters.attach import attach
+from peft_icm.bundled import bundled_folder
 from peft_icm.evaluation import Evaluation, evaluate_generator
 from peft_icm.evaluation.report import GIBBERISH, share_of
 from peft_icm.evaluation.text import Answered, AnswersEvaluation
 from peft_icm.tasks.answers import answers
 from peft_icm.tasks.language_modeling import NLL, LanguageModelingTask, nll
-from peft_icm.tasks.records import Completion
+from peft_icm.tasks.records import Completion, write_examples
 
 SEEDS = (0, 1)
 
@@ -233,6 +235,22 @@ class TestAnswers:
         pooled = AnswersEvaluation.pool(scores)
         assert (pooled.answers, pooled.metrics, pooled.nll) == (4, {"exact_match": 0.25}, NLL(12.0, 8, 18))
         assert AnswersEvaluation.numbers(pooled)["gain"] == -1.5
+
+    def test_on_the_command_line(self, tmp_path, capsys):
+        (tmp_path / "letters").mkdir()
+        (tmp_path / "letters" / "letters.py").write_text(METRIC)
+        write_examples(
+            tmp_path / "bible.jsonl", [Completion("In the beginning God", " created"), Completion("And God said,", " Let there")]
+        )
+        entry = {"name": "bible", "descriptions": "continue a chapter of the Bible", "train": None, "test": "bible.jsonl"}
+        (tmp_path / "tasks.json").write_text(json.dumps({"tasks": [entry]}))
+        arguments = ["evaluate", "bundled:text", "--tasks", tmp_path, "--collection", bundled_folder("text") / "own", "--seeds", 0]
+        assert run(*arguments, "--metric", tmp_path / "letters", "--json") == 0
+        (task,) = json.loads(capsys.readouterr().out)["tasks"]
+        assert task["generated"].keys() == {"nats", "exact_match", "letters"}
+        (tmp_path / "requests.json").write_text('{"known": {"bible": ["the Bible"]}, "unknown": []}')
+        assert run(*arguments, "--metric", "rouge", "--requests", tmp_path / "requests.json") == 2
+        assert "--metric rouge is of the answers to prompts: it goes with language tasks, and without --requests" in capsys.readouterr().err
 
     def test_metrics_that_cannot_be(self, reads, folder):
         own = own_loras(reads)
