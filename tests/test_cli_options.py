@@ -8,6 +8,7 @@ from command_line import SENTENCE
 
 from peft_icm import CollectingArguments, ICMConfig, ICMTrainingArguments
 from peft_icm.cli import VERBS, main, parse
+from peft_icm.cli_tasks import example_options
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -25,6 +26,14 @@ def test_defaults_are_those_of_the_dataclasses(monkeypatch):
     assert parse(["collect", "base", "--tasks", "t", "-o", "o"]).num_snapshots == 17
     args = parse(["train", "c", "-o", "o"])
     assert args.hidden_size == 99 and args.per_device_train_batch_size == 5
+
+
+@pytest.mark.parametrize(("said", "packing"), [([], {}), (["--packing"], {"packing": True}), (["--no-packing"], {"packing": False})])
+def test_packing_is_told_only_where_it_was_given(said, packing):
+    """What was collected before there was the option goes on: its recipe has no such field."""
+    args = parse(["adapt", "g", "--tasks", "t", "-o", "o", *said])
+    assert example_options(args, detection=False) == {"block_size": 256, **packing}
+    assert "packing" not in example_options(args, detection=True)
 
 
 @pytest.mark.parametrize(

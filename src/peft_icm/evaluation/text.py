@@ -76,9 +76,11 @@ class AnswersEvaluation(Report[Answered]):
     tested_on = staticmethod(Evaluation.tested_on)
 
     @staticmethod
-    def score(model: Any, processor: Any, task: Any, *, metrics: Mapping[str, Any] | None = None, **options: Any) -> Answered:
+    def score(
+        model: Any, processor: Any, task: Any, *, metrics: Mapping[str, Any] | None = None, batch_size: int = 16, **options: Any
+    ) -> Answered:
         """Over all test records; `metrics` are loaded ones by name, the other options those of [`nll`]."""
-        given = answers(model, processor, task.test_texts, batch_size=options["batch_size"], progress=False)
+        given = answers(model, processor, task.test_texts, batch_size=batch_size, progress=False)
         wanted = [record.answer for record in task.test_texts]
         same = [one.strip() == other.strip() for one, other in zip(given, wanted, strict=True)]
         found = {"exact_match": sum(same) / len(same)}
@@ -88,7 +90,7 @@ class AnswersEvaluation(Report[Answered]):
             except TypeError as error:
                 raise ValueError(f"The metric {name} cannot be computed from answers and references alone: {error}") from error
             found |= {part: float(value) for part, value in computed.items() if isinstance(value, Real)}
-        return Answered(Evaluation.score(model, processor, task, **options), len(given), found)
+        return Answered(Evaluation.score(model, processor, task, batch_size=batch_size, **options), len(given), found)
 
     @staticmethod
     def pool(scores: Sequence[Answered]) -> Answered:
