@@ -8,6 +8,7 @@ from command_line import SENTENCE
 
 from peft_icm import CollectingArguments, ICMConfig, ICMTrainingArguments
 from peft_icm.cli import VERBS, main, parse
+from peft_icm.cli_tasks import example_options
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -57,6 +58,14 @@ def test_bash_completes_verbs_and_options(tmp_path, capsys):
     assert complete("peft-icm", "gen") == ["generate"]
     assert complete("peft-icm", "generate", "--on-unk") == ["--on-unknown"]
     assert set(complete("peft-icm", "train", "--objective", "")) == {"reconstruction", "task"}
+
+
+@pytest.mark.parametrize(("said", "packing"), [([], {}), (["--packing"], {"packing": True}), (["--no-packing"], {"packing": False})])
+def test_packing_is_told_only_where_it_was_given(said, packing):
+    """What was collected before there was the option goes on: its recipe has no such field."""
+    args = parse(["adapt", "g", "--tasks", "t", "-o", "o", *said])
+    assert example_options(args, detection=False) == {"block_size": 256, **packing}
+    assert "packing" not in example_options(args, detection=True)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from command_line import run
 from peft import LoraConfig, get_peft_model
 from test_conditioning import clip
 from tiny import TEXTS, generator, llama, tokenizer
@@ -11,9 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from peft_icm import AdapterLayout
 from peft_icm.adapters.attach import attach
+from peft_icm.bundled import bundled_folder
 from peft_icm.evaluation import Evaluation, evaluate_generator
 from peft_icm.evaluation.report import GIBBERISH, share_of
-from peft_icm.tasks.language_modeling import NLL, LanguageModelingTask
+from peft_icm.evaluation.text import Answered, AnswersEvaluation
+from peft_icm.tasks.answers import answers
+from peft_icm.tasks.language_modeling import NLL, LanguageModelingTask, nll
+from peft_icm.tasks.records import Completion, write_examples
 
 SEEDS = (0, 1)
 
@@ -171,3 +176,86 @@ class TestEvaluate:
         tasks, seeds = ([], (0,)) if missing == "tasks" else (text_tasks(), ())
         with pytest.raises(ValueError, match=f"{missing}=.* must each have one entry at least"):
             evaluate_generator(reads, tokenizer(), tasks, own_loras(reads), seeds=seeds)
+
+
+METRIC = """
+import datasets
+import evaluate
+
+
+class Letters(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"letters": sum(map(len, predictions)) / len(predictions), "first": predictions[0]}
+"""
+
+
+class TestAnswers:
+    """Prompts and completions: their likelihood, and what the model itself answers."""
+
+    def prompts(self, reads, folder):
+        """The second is answered as the base answers it."""
+        asked = [Completion("2 + 2 =", " 4"), Completion("a b c", " d"), Completion("e f", " g h i")]
+        said = answers(plain(folder), tokenizer(), asked, max_new_tokens=6)
+        return [asked[0], Completion(asked[1].prompt, said[1]), asked[2]]
+
+    def test_scores_of_the_base_are_those_by_hand(self, reads, folder, tmp_path):
+        (tmp_path / "letters").mkdir()
+        (tmp_path / "letters" / "letters.py").write_text(METRIC)
+        asked = self.prompts(reads, folder)
+        tasks = [LanguageModelingTask(name, [f"write a {name}"], [], asked) for name in ("sonnet", "novel")]
+        options = {"seeds": (0,), "metrics": [str(tmp_path / "letters")], "progress": False}
+        report = evaluate_generator(reads, tokenizer(), tasks, own_loras(reads), **options)
+        found = report.scores["sonnet"]["base"]
+        given = answers(plain(folder), tokenizer(), asked)
+        assert found.nll.nats == pytest.approx(sum(score.nats for score in nll(plain(folder), tokenizer(), asked)), rel=1e-5)
+        same = [one.strip() == record.completion.strip() for one, record in zip(given, asked, strict=True)]
+        assert found.metrics == {"exact_match": sum(same) / 3, "letters": pytest.approx(sum(map(len, given)) / 3)}
+        as_json = report.to_dict()["tasks"][0]["base"]
+        assert as_json == {"nats": pytest.approx(found.nll.nats_per_token, abs=1e-4), **{n: round(v, 4) for n, v in found.metrics.items()}}
+        table = report.table()
+        assert table.splitlines()[0].split()[:4] == ["PPL", "/", "exact", "match"] and table.splitlines()[-1].startswith("letters ")
+        assert json.dumps(report.to_dict(), allow_nan=False)
+
+    def test_an_answer_that_is_right_matches_exactly_up_to_white_space(self, folder):
+        base = plain(folder)
+        prompt = torch.tensor([[0, *tokenizer()("a b c", add_special_tokens=False)["input_ids"]]])
+        said = base.generate(prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :].tolist()
+        end = next(place for place, token in enumerate(said) if token != said[0])
+        base.generation_config.eos_token_id = [1, said[end]]  # a base of several, as those that were tuned for chat
+        right = Completion("a b c", f" {tokenizer().decode(said[:end])}\n")
+        task = LanguageModelingTask("t", ["t"], [], [right, Completion("a b c", " d")])
+        assert AnswersEvaluation.score(base, tokenizer(), task, batch_size=4).metrics == {"exact_match": 0.5}
+
+    def test_means_are_over_answers(self):
+        scores = [Answered(NLL(8.0, 4, 9), 1, {"exact_match": 1.0}), Answered(NLL(4.0, 4, 9), 3, {"exact_match": 0.0})]
+        pooled = AnswersEvaluation.pool(scores)
+        assert (pooled.answers, pooled.metrics, pooled.nll) == (4, {"exact_match": 0.25}, NLL(12.0, 8, 18))
+        assert AnswersEvaluation.numbers(pooled)["gain"] == -1.5
+
+    def test_on_the_command_line(self, tmp_path, capsys):
+        (tmp_path / "letters").mkdir()
+        (tmp_path / "letters" / "letters.py").write_text(METRIC)
+        write_examples(
+            tmp_path / "bible.jsonl", [Completion("In the beginning God", " created"), Completion("And God said,", " Let there")]
+        )
+        entry = {"name": "bible", "descriptions": "continue a chapter of the Bible", "train": None, "test": "bible.jsonl"}
+        (tmp_path / "tasks.json").write_text(json.dumps({"tasks": [entry]}))
+        arguments = ["evaluate", "bundled:text", "--tasks", tmp_path, "--collection", bundled_folder("text") / "own", "--seeds", 0]
+        assert run(*arguments, "--metric", tmp_path / "letters", "--json") == 0
+        (task,) = json.loads(capsys.readouterr().out)["tasks"]
+        assert task["generated"].keys() == {"nats", "exact_match", "letters"}
+        (tmp_path / "requests.json").write_text('{"known": {"bible": ["the Bible"]}, "unknown": []}')
+        assert run(*arguments, "--metric", "rouge", "--requests", tmp_path / "requests.json") == 2
+        assert "--metric rouge is of the answers to prompts: it goes with language tasks, and without --requests" in capsys.readouterr().err
+
+    def test_metrics_that_cannot_be(self, reads, folder):
+        own = own_loras(reads)
+        with pytest.raises(ValueError, match="The metric rouge is of answers to prompts, task 'sonnet' has none among its test texts"):
+            evaluate_generator(reads, tokenizer(), text_tasks(), own, metrics=["rouge"])
+        tasks = [LanguageModelingTask(name, ["of it"], [], self.prompts(reads, folder)) for name in ("sonnet", "novel")]
+        with pytest.raises(ValueError, match="The metric perplexity cannot be computed from answers and references alone"):
+            evaluate_generator(reads, tokenizer(), tasks, own, metrics=["perplexity"], progress=False)

@@ -10,10 +10,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from . import __version__, cli_options, cli_tasks, cli_verbs
+from . import __version__, cli_data, cli_options, cli_tasks, cli_verbs
 
 VERBS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[[argparse.ArgumentParser], None]]] = {
     "demo": (cli_verbs.demo, cli_options.demo_options),
+    "tasks": (cli_data.tasks, cli_data.tasks_options),
+    "gather": (cli_data.gather, cli_data.gather_options),
     "collect": (cli_verbs.collect_, cli_options.collect_options),
     "train": (cli_tasks.train, cli_options.train_options),
     "read": (cli_verbs.read, cli_options.read_options),

@@ -54,7 +54,10 @@ def _example_options(p: argparse.ArgumentParser) -> None:
     from .tasks.detection import DetectionTask
     from .tasks.language_modeling import LanguageModelingTask
 
-    _fields(p, LanguageModelingTask.train_dataset)("--block-size", "block_size", "tokens in a block")
+    _fields(p, LanguageModelingTask.train_dataset)("--block-size", "block_size", "tokens in a block, or the most of an example")
+    p.add_argument(
+        "--packing", action=argparse.BooleanOptionalAction, help="examples one after the other in blocks; by default texts, no completions"
+    )
     own = _fields(p, DetectionTask.train_dataset)
     own("--location-step", "location_step", "detection: write so many of Florence-2's location bins as one")
     own("--negatives", "negatives", "detection: images without the class for each image with it")
@@ -185,6 +188,12 @@ def evaluate_options(p: argparse.ArgumentParser) -> None:
         "--requests",
         metavar="FILE",
         help='score these sentences instead: JSON of the form {"known": {"task": ["a sentence"]}, "unknown": ["a sentence"]}',
+    )
+    p.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        help="of the answers to prompts, beside exact match: a metric of evaluate, whose code is run; may be repeated",
     )
     _token(p)
     p.add_argument("-o", "--output", help="JSON file of the report; a plot is drawn beside it")

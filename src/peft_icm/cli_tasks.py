@@ -95,4 +95,6 @@ def adapt(args: argparse.Namespace) -> dict[str, Any]:
 
 def example_options(args: argparse.Namespace, detection: bool) -> dict[str, Any]:
     """Of the options of a task's examples those of its kind."""
-    return {"location_step": args.location_step, "negatives": args.negatives} if detection else {"block_size": args.block_size}
+    if detection:
+        return {"location_step": args.location_step, "negatives": args.negatives}
+    return {"block_size": args.block_size, **cli_verbs.packing(args)}

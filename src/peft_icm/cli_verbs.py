@@ -112,7 +112,7 @@ def collect_(args: argparse.Namespace) -> dict[str, Any]:
     # PEFT knows no task type for a vision-language model: any other breaks AutoPeftModel and names the wrong pipeline on the card.
     lora = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=targets, task_type=None if detection else "CAUSAL_LM")
     pictures = {"location_step": args.location_step, "negatives": args.negatives, "images_per_epoch": args.blocks_per_epoch}
-    texts = {"block_size": args.block_size, "blocks_per_epoch": args.blocks_per_epoch}
+    texts = {"block_size": args.block_size, "blocks_per_epoch": args.blocks_per_epoch, **packing(args)}
     recipe = CollectingArguments(
         output_dir=f"{args.output}.work", dataset_kwargs=pictures if detection else texts, **chosen(args, CollectingArguments)
     )
@@ -123,6 +123,11 @@ def collect_(args: argparse.Namespace) -> dict[str, Any]:
     collection.save_pretrained(args.output)
     say(args, f"{len(collection.tasks)} tasks, P = {collection.layout.numel:,}: {args.output}")
     return {"finished": True, "collection": args.output, "tasks": collection.tasks, "numel": collection.layout.numel}
+
+
+def packing(args: argparse.Namespace) -> dict[str, bool]:
+    """`--packing` or `--no-packing`, where it was given: what was collected without either goes on without."""
+    return {} if args.packing is None else {"packing": args.packing}
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
@@ -305,6 +310,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     options = {"seeds": args.seeds, "batch_size": args.batch_size}
     report: Any
     kind: Any = DetectionEvaluation if isinstance(tasks[0], DetectionTask) else Evaluation
+    if args.metric and (args.requests or kind is DetectionEvaluation):
+        raise ValueError(f"--metric {args.metric[0]} is of the answers to prompts: it goes with language tasks, and without --requests.")
     if args.requests:
         known, unknown = load_requests(args.requests, [task.name for task in tasks])
         some = [task for task in tasks if task.name in known]
@@ -312,7 +319,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     elif kind is DetectionEvaluation:
         report = evaluate_detection(generator, processor, tasks, own, **options)
     else:
-        report = evaluate_generator(generator, processor, tasks, own, **options)
+        report = evaluate_generator(generator, processor, tasks, own, metrics=args.metric, **options)
     result = report.to_dict()
     if args.output:
         with replacing_file(args.output) as file:

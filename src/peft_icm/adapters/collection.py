@@ -164,7 +164,7 @@ class AdapterCollection:
                 layout = found
             if found.fingerprint != layout.fingerprint:
                 raise ValueError(f"{adapter} has another layout than {adapters[0]}: {layout.difference(found)}.")
-            name = disk.safe_name(Path(str(adapter)).name or folder.resolve().name, "adapter")
+            name = adapter_name(adapter, folder)
             if name in snapshots:
                 raise ValueError(f"Two adapters are named {name!r}: rename a folder.")
             state_dict = map_keys(_load(folder / "adapter_model.safetensors"), key_map)
@@ -282,6 +282,22 @@ class AdapterCollection:
             repo_type="dataset",
             **push,
         )
+
+
+def adapter_name(adapter: str | Path, folder: Path) -> str:
+    """The task that a LoRA is in a collection: the last part of its Hub id or path.
+
+    Args:
+        adapter (`str` or `Path`): As it was asked for.
+        folder (`Path`): Where it lies.
+
+    Returns:
+        `str`
+
+    Raises:
+        `ValueError`: If that is no plain file name.
+    """
+    return disk.safe_name(Path(str(adapter)).name or folder.resolve().name, "adapter")
 
 
 def _is_matrix(tensor: Any) -> bool:

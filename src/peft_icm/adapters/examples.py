@@ -29,11 +29,12 @@ def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
     ```
     """
+    columns = {name: [torch.as_tensor(sample[name]) for sample in samples] for name in samples[0]}
     return {
-        name: torch.stack([sample[name] for sample in samples])
-        if samples[0][name].ndim != 1
-        else pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=-100 if name == "labels" else 0)
-        for name in samples[0]
+        name: torch.stack(rows)
+        if rows[0].ndim != 1
+        else pad_sequence(rows, batch_first=True, padding_value=-100 if name == "labels" else 0)
+        for name, rows in columns.items()
     }
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from ..adapters.examples import collate
 from ..adapters.layout import AdapterLayout
 from ..disk import inside, replacing_file, safe_name
 from .arguments import CollectingArguments, Task
@@ -94,6 +95,7 @@ def train_lora(
             model=model,
             args=training_args,
             train_dataset=task.train_dataset(processor, **args.dataset_kwargs),
+            data_collator=collate,
             callbacks=[SnapshotCallback(folder, args.num_snapshots)],
         )
         trainer.remove_callback(PrinterCallback)  # it prints on stdout, which is the caller's

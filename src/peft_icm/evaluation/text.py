@@ -1,15 +1,20 @@
-"""Text in the report: negative log-likelihood, in nats per token."""
+"""Text in the report: negative log-likelihood, in nats per token, and what is answered to prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
 from ..generator.modeling_icm import ICMGenerator
+from ..tasks.answers import answers
 from ..tasks.language_modeling import NLL, LanguageModelingTask, nll
-from .report import Report
+from ..tasks.records import Record
+from .metrics import metric_path
+from .report import Report, rounded
 
 
 class Evaluation(Report[NLL]):
@@ -20,7 +25,7 @@ class Evaluation(Report[NLL]):
     shown = ("{ppl:.2f}", "{bpc:.3f}")
 
     @staticmethod
-    def tested_on(task: LanguageModelingTask) -> tuple[str, Sequence[str]]:
+    def tested_on(task: LanguageModelingTask) -> tuple[str, Sequence[Record]]:
         """Its test texts."""
         return "test texts", task.test_texts
 
@@ -46,6 +51,97 @@ class Evaluation(Report[NLL]):
         return round(score.nats_per_token, 4)
 
 
+@dataclass
+class Answered:
+    """What a model makes of completions.
+
+    Args:
+        nll ([`NLL`]): Of the completions, given their prompts.
+        answers (`int`): Answers that it generated.
+        metrics (`dict[str, float]`): Of them, each a mean: `exact_match`, the share that is as it should be but for white space around
+            it, and those that were asked for.
+    """
+
+    nll: NLL
+    answers: int
+    metrics: dict[str, float]
+
+
+class AnswersEvaluation(Report[Answered]):
+    """A [`Report`] of prompts and completions, or of conversations: scores are [`Answered`], gains are in nats per token."""
+
+    unit = Evaluation.unit
+    heading = "PPL / exact match"
+    shown = ("{ppl:.2f}", "{exact_match:.2f}")
+    tested_on = staticmethod(Evaluation.tested_on)
+
+    @staticmethod
+    def score(
+        model: Any, processor: Any, task: Any, *, metrics: Mapping[str, Any] | None = None, batch_size: int = 16, **options: Any
+    ) -> Answered:
+        """Over all test records; `metrics` are loaded ones by name, the other options those of [`nll`]."""
+        given = answers(model, processor, task.test_texts, batch_size=batch_size, progress=False)
+        wanted = [record.answer for record in task.test_texts]
+        same = [one.strip() == other.strip() for one, other in zip(given, wanted, strict=True)]
+        found = {"exact_match": sum(same) / len(same)}
+        for name, metric in (metrics or {}).items():
+            try:
+                computed = metric.compute(predictions=given, references=wanted)
+            except TypeError as error:
+                raise ValueError(f"The metric {name} cannot be computed from answers and references alone: {error}") from error
+            found |= {part: float(value) for part, value in computed.items() if isinstance(value, Real)}
+        return Answered(Evaluation.score(model, processor, task, batch_size=batch_size, **options), len(given), found)
+
+    @staticmethod
+    def pool(scores: Sequence[Answered]) -> Answered:
+        """Likelihoods add up; of a metric it is the mean over all answers."""
+        count = sum(score.answers for score in scores)
+        means = {name: sum(score.answers * score.metrics[name] for score in scores) / count for name in scores[0].metrics}
+        return Answered(Evaluation.pool([score.nll for score in scores]), count, means)
+
+    @staticmethod
+    def numbers(score: Answered) -> dict[str, float]:
+        """The metrics, and those of [`Evaluation`]."""
+        return {**score.metrics, **Evaluation.numbers(score.nll)}
+
+    @staticmethod
+    def to_json(score: Answered) -> dict[str, float | None]:
+        """Nats per token, and the metrics."""
+        return {"nats": Evaluation.to_json(score.nll), **rounded(score.metrics)}
+
+    def table(self) -> str:
+        """That of a [`Report`], and of each metric that was asked for the mean over all tasks."""
+        columns = ["base", "own", *self.variants]
+        pooled = [self.pool([row[name] for row in self.scores.values()]).metrics for name in columns]
+        more = [f"{name:16}" + "".join(f"{part[name]:>18.3f}" for part in pooled) for name in pooled[0] if name != "exact_match"]
+        return "\n".join([super().table(), *(["", "Of the answers to all tasks:"] if more else []), *more])
+
+
+def load_metric(name: str) -> Any:
+    """A metric of `evaluate`: a bundled one, or whatever `evaluate.load` finds under the name, whose code it runs.
+
+    Args:
+        name (`str`): Of it.
+
+    Returns:
+        `evaluate.EvaluationModule`
+
+    Raises:
+        `ValueError`: If a package that it needs is missing.
+        `OSError`: If there is none of that name.
+    """
+    import evaluate
+
+    try:
+        known = metric_path(name)
+    except ValueError:
+        known = name
+    try:
+        return evaluate.load(known)
+    except ImportError as error:
+        raise ValueError(f"The metric {name} needs more packages: {error}") from error
+
+
 def evaluate_generator(
     generator: ICMGenerator,
     tokenizer: Any,
@@ -55,9 +151,12 @@ def evaluate_generator(
     seeds: Sequence[int] = (0, 1, 2),
     max_length: int | None = None,
     batch_size: int = 16,
+    metrics: Sequence[str] = (),
     progress: bool = True,
-) -> Evaluation:
+) -> Evaluation | AnswersEvaluation:
     """Score a generator on held-out text; what is scored: [`~Report.evaluate`].
+
+    Where all that is held out are completions or conversations, they are answered too, greedily.
 
     Args:
         generator ([`ICMGenerator`]): Reads text.
@@ -66,14 +165,16 @@ def evaluate_generator(
         own (`Mapping[str, Tensor]`): `[P]`, the own LoRA of each task.
         seeds (`Sequence[int]`, defaults to `(0, 1, 2)`): Of z.
         max_length (`int`, *optional*): Window in tokens.
-        batch_size (`int`, defaults to 16): Windows in a forward pass.
+        batch_size (`int`, defaults to 16): Windows, or prompts, in a forward pass.
+        metrics (`Sequence[str]`): Of the answers, beside exact match: names for [`load_metric`].
         progress (`bool`, defaults to `True`): Show a progress bar.
 
     Returns:
-        [`Evaluation`]
+        [`Evaluation`] or [`AnswersEvaluation`]
 
     Raises:
-        `ValueError`: If there is no task or no seed, or a task has no test text, no description or no own LoRA.
+        `ValueError`: If there is no task or no seed, or a task has no test text, no description or no own LoRA; or if there are metrics and
+            a task whose test texts are no prompts.
 
     Example:
 
@@ -93,6 +194,11 @@ def evaluate_generator(
 
     ```
     """
-    return Evaluation.evaluate(
-        generator, tokenizer, tasks, own, seeds=seeds, progress=progress, max_length=max_length, batch_size=batch_size
-    )
+    options: dict[str, Any] = {"seeds": seeds, "progress": progress, "max_length": max_length, "batch_size": batch_size}
+    plain = [task.name for task in tasks if any(isinstance(text, str) for text in task.test_texts)]
+    if not plain:
+        loaded = {name: load_metric(name) for name in metrics}
+        return AnswersEvaluation.evaluate(generator, tokenizer, tasks, own, metrics=loaded, **options)
+    if metrics:
+        raise ValueError(f"The metric {metrics[0]} is of answers to prompts, task {plain[0]!r} has none among its test texts.")
+    return Evaluation.evaluate(generator, tokenizer, tasks, own, **options)

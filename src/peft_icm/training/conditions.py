@@ -17,6 +17,7 @@ from ..conditioning.phrasings import foreign, phrasings
 from ..tasks.annotated_images import crops
 from ..tasks.detection import DetectionTask
 from ..tasks.language_modeling import LanguageModelingTask
+from ..tasks.records import Record
 
 HELD_OUT_PHRASINGS, HELD_OUT_SENTENCES = 48, 4096  # of each task, and of all: of many tasks a few phrasings each are enough
 EVERY = 5  # of the collection's own vectors, each fifth is kept for the threshold, where a task has as many
@@ -166,8 +167,8 @@ def _read(encoder: TaskEncoder, argument: str, parts: list[list[Any]]) -> list[T
     return list(encoder.read(argument, [item for part in parts for item in part]).split([len(part) for part in parts]))
 
 
-def excerpts(texts: list[str], count: int) -> list[str]:
-    """Pieces of 400 characters from all over the texts, at most so many."""
-    pieces = [text[start : start + EXCERPT] for text in texts for start in range(0, len(text), EXCERPT)]
+def excerpts(texts: Sequence[Record], count: int) -> list[str]:
+    """Pieces of 400 characters from all over the texts, at most so many; of a prompt its completion is part."""
+    pieces = [text[start : start + EXCERPT] for text in map(str, texts) for start in range(0, len(text), EXCERPT)]
     pieces = [piece for piece in pieces if piece.strip()]
     return pieces[:: -(-len(pieces) // count)] if pieces else []

@@ -1,0 +1,96 @@
+"""The verbs of data that people have: tasks of their files, and a collection of adapters that exist."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import cli_verbs
+from .disk import replacing_folder
+
+TASKS = "tasks.json"  # what tells a folder of tasks
+FEW = 20  # training examples below which a task is warned of
+# Of each --from the module in tasks/ and its function, `(source: Path, output: Path, *, descriptions: dict[str, list[str]],
+# test_share: float, seed: int) -> dict`: it writes tasks.json and what that names into the empty folder `output`, and returns
+# {"unit": "records", "tasks": [{"name", "descriptions", "train", "test"}]}, of the last two the numbers.
+SOURCES = {"jsonl": ("import_text", "text_tasks")}
+
+
+def tasks_options(p: argparse.ArgumentParser) -> None:
+    """Options of `peft-icm tasks`."""
+    p.add_argument("source", help="folder or file of examples")
+    p.add_argument("--from", dest="form", choices=SOURCES, required=True, help="what it holds; jsonl: .jsonl, .csv or .parquet")
+    p.add_argument("-o", "--output", "--output-dir", required=True, help="folder of the tasks")
+    _description_option(p)
+    p.add_argument("--test-share", type=float, default=0.2, help="share that is held out of what has no test split")
+    p.add_argument("--seed", type=int, default=0, help="of the draw of what is held out")
+
+
+def _description_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--description", metavar="NAME=SENTENCE", action="append", default=[], help="a sentence that asks for a task; may be repeated"
+    )
+
+
+def tasks(args: argparse.Namespace) -> dict[str, Any]:
+    """Files of examples become a folder of tasks."""
+    cli_verbs.check_folder(args.output, TASKS)
+    if not 0 < args.test_share < 1:
+        raise ValueError(f"--test-share {args.test_share} must lie between 0 and 1.")
+    module, name = SOURCES[args.form]
+    make = getattr(importlib.import_module(f"peft_icm.tasks.{module}"), name)
+    with replacing_folder(args.output) as folder:
+        facts = make(Path(args.source), folder, descriptions=_descriptions(args.description), test_share=args.test_share, seed=args.seed)
+    for task in facts["tasks"]:
+        counts = f"{task['train']} {facts['unit']} to train on, {task['test']} held out"
+        cli_verbs.say(args, f'{task["name"]}: {counts}; "{task["descriptions"][0]}"')
+        if task["train"] < FEW:
+            print(f"peft-icm: warning: task {task['name']!r} has few {facts['unit']} to train on: {task['train']}.", file=sys.stderr)
+    return {"folder": args.output, **facts}
+
+
+def gather_options(p: argparse.ArgumentParser) -> None:
+    """Options of `peft-icm gather`."""
+    p.add_argument("adapters", nargs="+", metavar="adapter", help="folder or Hub id of a PEFT LoRA; all of one layout")
+    p.add_argument("-o", "--output", "--output-dir", required=True, help="folder of the collection")
+    _description_option(p)
+    p.add_argument("--token", help="access token; by default the stored one")
+
+
+def gather(args: argparse.Namespace) -> dict[str, Any]:
+    """LoRAs that exist become a collection."""
+    cli_verbs.check_folder(args.output, cli_verbs.COLLECTION)
+    given = _descriptions(args.description)
+    from .adapters.collection import AdapterCollection, adapter_name
+    from .adapters.layout import ADAPTER_FILES
+    from .hub.card_reading import CARD, description_of
+    from .hub.files import resolve
+
+    folders = {name: resolve(name, allow_patterns=(*ADAPTER_FILES, CARD), token=args.token) for name in args.adapters}
+    names = [adapter_name(name, folder) for name, folder in folders.items()]
+    if strangers := given.keys() - set(names):
+        raise ValueError(f"--description names {min(strangers)!r}: the adapters are {', '.join(names)}.")
+    sentences = [given.get(name) or description_of(folder) for name, folder in zip(names, folders.values(), strict=True)]
+    if silent := [name for name, sentence in zip(names, sentences, strict=True) if not sentence]:
+        raise ValueError(f"No card says what {', '.join(silent)} do: give --description {silent[0]}=SENTENCE, and so for each.")
+    described = [sentence for sentence in sentences if sentence]
+    collection = AdapterCollection.from_adapters(list(folders), described, token=args.token)
+    collection.save_pretrained(args.output)
+    for name, said in collection.descriptions.items():
+        cli_verbs.say(args, f'{name}: "{said[0]}"')
+    cli_verbs.say(args, f"{len(names)} adapters, P = {collection.layout.numel:,}: {args.output}")
+    return {"collection": args.output, "descriptions": collection.descriptions, "numel": collection.layout.numel}
+
+
+def _descriptions(given: list[str]) -> dict[str, list[str]]:
+    """`NAME=SENTENCE` by name."""
+    found: dict[str, list[str]] = {}
+    for one in given:
+        name, equals, sentence = one.partition("=")
+        if not equals or not name or not sentence.strip():
+            raise ValueError(f"--description {one!r} must be NAME=SENTENCE.")
+        found.setdefault(name, []).append(sentence)
+    return found

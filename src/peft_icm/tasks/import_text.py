@@ -1,0 +1,100 @@
+"""Language tasks of the files that people have: one task a file, or by a column `task`."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..disk import safe_name
+from .records import SUFFIXES, Record, read_examples, write_examples
+
+SPLITS = ("train", "test")
+
+
+@dataclass
+class _Found:
+    """What files say of a task."""
+
+    descriptions: list[str] = field(default_factory=list)
+    splits: dict[str, list[Record]] = field(default_factory=dict)
+
+
+def text_tasks(source: Path, output: Path, *, descriptions: Mapping[str, list[str]], test_share: float, seed: int) -> dict[str, Any]:
+    """Write a folder of language tasks: `tasks.json`, and for each task its examples in JSON Lines.
+
+    A file is a task of its name, `NAME.test.jsonl` what is held out of `NAME.jsonl` or `NAME.train.jsonl`; where a file has a column
+    `task`, its examples are those of the tasks named there. What has nothing held out is split. The sentence of a task is what
+    `descriptions` says, else what the column `description` says, else its name in words: training puts it in other words.
+
+    Args:
+        source (`Path`): A file, or a folder of them: `.jsonl`, `.csv` or `.parquet`, see [`read_examples`].
+        output (`Path`): An empty folder.
+        descriptions (`Mapping[str, list[str]]`): Sentences by task.
+        test_share (`float`): Share that is held out, between 0 and 1; one example at least.
+        seed (`int`): Of the draw.
+
+    Returns:
+        `dict`: `{"unit", "tasks": [{"name", "descriptions", "train", "test"}]}`, the last two as numbers.
+
+    Raises:
+        `ValueError`: If there is no such file, a file is not as it should be, a task's name is no file name, it has one format to train on
+            and another held out, or fewer than two examples, or `descriptions` names another task.
+    """
+    found: dict[str, _Found] = {}
+    for file in _files(source):
+        stem, _, split = file.stem.rpartition(".")
+        name, split = (stem, split) if stem and split in SPLITS else (file.stem, "train")
+        here: dict[str, list[Record]] = {}
+        for record, beside in read_examples(file, also=("task", "description")):
+            task = safe_name(beside.get("task", name), "task")
+            here.setdefault(task, []).append(record)
+            known = found.setdefault(task, _Found()).descriptions
+            sentence = beside.get("description")
+            known += [sentence] if sentence and sentence not in known else []
+        for task, records in here.items():
+            if split in found[task].splits:
+                raise ValueError(f"{file} has examples of task {task!r} to {split}, and so has another file: put them into one.")
+            found[task].splits[split] = records
+    if strangers := descriptions.keys() - found.keys():
+        raise ValueError(f"A description is of {min(strangers)!r}, which is no task: the tasks are {', '.join(found)}.")
+    entries, facts = [], []
+    for task, about in found.items():
+        train, test = _split(task, about.splits, test_share, random.Random(f"{seed} {task}"))
+        said = descriptions.get(task) or about.descriptions or [" ".join(task.replace("_", " ").replace("-", " ").split())]
+        names = {split: f"{task}.{split}.jsonl" for split in SPLITS}
+        for split, records in zip(SPLITS, (train, test), strict=True):
+            write_examples(output / names[split], records)
+        entries.append({"name": task, "descriptions": said, **names})
+        facts.append({"name": task, "descriptions": said, "train": len(train), "test": len(test)})
+    (output / "tasks.json").write_text(json.dumps({"tasks": entries}, indent=1, ensure_ascii=False), encoding="utf-8")
+    return {"unit": "records", "tasks": facts}
+
+
+def _files(source: Path) -> list[Path]:
+    """The files of examples."""
+    if source.is_file() and source.suffix.lower() in SUFFIXES:
+        return [source]
+    found = sorted(file for file in source.iterdir() if file.suffix.lower() in SUFFIXES) if source.is_dir() else []
+    if not found:
+        raise ValueError(f"{source} is neither a file of examples nor a folder of them: {', '.join(SUFFIXES)}.")
+    return found
+
+
+def _split(task: str, splits: dict[str, list[Record]], test_share: float, draw: random.Random) -> tuple[list[Record], list[Record]]:
+    """What is trained on and what is held out, in the order of the files."""
+    if "train" not in splits:
+        raise ValueError(f"Task {task!r} has examples that are held out and none to train on: give {task}.jsonl too.")
+    train, test = splits["train"], splits.get("test")
+    if test is None:
+        if len(train) < 2:
+            raise ValueError(f"Task {task!r} has one example: two at least are needed, one to train on and one that is held out.")
+        count = min(len(train) - 1, max(1, round(test_share * len(train))))
+        held_out = set(draw.sample(range(len(train)), count))
+        train, test = ([one for place, one in enumerate(train) if (place in held_out) == out] for out in (False, True))
+    if type(train[0]) is not type(test[0]):
+        raise ValueError(f"Task {task!r} has one format to train on, and another held out: {train[0]!s:.40} and {test[0]!s:.40}.")
+    return train, test
