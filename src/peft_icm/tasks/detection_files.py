@@ -48,7 +48,7 @@ def _pictures_of(file: Path) -> Path:
     except (LookupError, TypeError, AssertionError):
         return file.parent  # load_coco says what is wrong
     split = file.stem.removeprefix("instances_")
-    folders = [root / part for root in (file.parent, file.parent.parent) for part in (".", "images", split, f"images/{split}")]
+    folders = [root / part for root in (file.parent, file.parent.parent) for part in (f"images/{split}", split, ".", "images")]
     found = next((folder for folder in folders if (folder / first).is_file()), None)
     if found is None:
         raise ValueError(
@@ -113,11 +113,14 @@ def load_hub_dataset(source: str | os.PathLike[str], folder: Path) -> DetectionD
         [`DetectionData`]
 
     Raises:
-        `ValueError` or `OSError`: If it cannot be loaded, or [`from_dataset`] refuses it.
+        `ValueError`: If it cannot be loaded, or [`from_dataset`] refuses it.
     """
     import datasets
 
-    splits = chosen_splits(datasets.load_dataset(str(source)), source)
+    try:
+        splits = chosen_splits(datasets.load_dataset(str(source)), source)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{source} is no data set that can be loaded ({' '.join(str(error).split())}).") from error
     read: dict[str, list[AnnotatedImage]] = {"test": []}
     classes: dict[str, None] = {}
     for split, rows in splits.items():
