@@ -284,18 +284,21 @@ def rows(tmp_path):
     return {"image": files, "objects": objects}
 
 
-def dataset(rows, category=None):
-    category = category or datasets.ClassLabel(names=[*LABELS, "bed"])
+def dataset(rows):
+    category = datasets.ClassLabel(names=[*LABELS, "bed"])
     objects = {"bbox": datasets.List(datasets.List(datasets.Value("float32"), length=4)), "category": datasets.List(category)}
     return datasets.Dataset.from_dict(rows, datasets.Features({"image": datasets.Image(), "objects": objects}))
+
+
+def inside(rows):
+    return {"image": [{"bytes": Path(file).read_bytes(), "path": None} for file in rows["image"]]}
 
 
 class TestHub:
     def test_pictures_inside_parquet_are_written_byte_by_byte(self, rows, tmp_path):
         (tmp_path / "data").mkdir()
-        rows["image"] = [{"bytes": Path(file).read_bytes(), "path": None} for file in rows["image"]]
         for split in ("train", "validation"):
-            dataset(rows).to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+            dataset(rows | inside(rows)).to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
         check(imported(tmp_path, tmp_path / "data", "hub"), tmp_path / "tasks" / "images")
         written = tmp_path / "tasks" / "images" / "test" / "000001"
         assert written.read_bytes() == (tmp_path / "pictures" / "b.jpg").read_bytes()
@@ -310,10 +313,15 @@ class TestHub:
             (tmp_path / "data" / split / "metadata.jsonl").write_text("\n".join(lines))
         check(imported(tmp_path, tmp_path / "data", "hub"), tmp_path / "data")
 
-    def test_what_cannot_be_loaded(self, rows, tmp_path, capsys):
+    def test_pictures_of_other_folders_are_refused(self, rows, tmp_path, capsys):
         (tmp_path / "data").mkdir()
-        rows["objects"][1]["bbox"][0][2] = 900
         dataset(rows).to_parquet(tmp_path / "data" / "train.parquet")
+        assert f"names the picture {tmp_path}/pictures/a.jpg, which is no file of it" in refused(tmp_path, capsys, tmp_path / "data", "hub")
+
+    def test_what_cannot_be_loaded(self, rows, tmp_path, capsys):
+        rows["objects"][1]["bbox"][0][2] = 900
+        (tmp_path / "data").mkdir()
+        dataset(rows | inside(rows)).to_parquet(tmp_path / "data" / "train.parquet")
         said = refused(tmp_path, capsys, tmp_path / "data", "hub")
         assert f"{tmp_path}/data, train: image 1: the box" in said and "outside its image" in said
         datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "data" / "train.parquet")
@@ -373,7 +381,7 @@ class TestTasks:
         sofa, sign = imported(tmp_path, yolo, "yolo", "--description", "sofa=find seats", "--description", "sofa=detect seats")
         assert sofa.descriptions == ["find seats", "detect seats"] and sign.descriptions[0] == "detect stop signs"
         assert run("tasks", yolo, "--from", "yolo", "-o", tmp_path / "other", "--description", "bed=find beds") == 2
-        assert "A description names 'bed', which is no task: choose of sofa, stop_sign" in capsys.readouterr().err
+        assert "--description names 'bed': the tasks are sofa, stop_sign." in capsys.readouterr().err
 
     def test_pictures_in_both_splits(self, yolo, tmp_path, capsys):
         (yolo / "data.yaml").write_text("train: [images/train, images/val]\nval: images/val\nnames: [sofa, stop_sign]\n")

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,7 @@ from .tasks.splits import DetectionData, divide
 from .tasks.yolo import load_yolo
 
 UNSEEN = 4  # sentences of each task that are kept for evaluation
-READERS: dict[str, Callable[..., DetectionData]] = {
-    "coco": load_coco_folder,
-    "yolo": load_yolo,
-    "roboflow": load_florence_jsonl,
-    "hub": load_hub_dataset,
-}
+READERS = {"coco": load_coco_folder, "yolo": load_yolo, "roboflow": load_florence_jsonl}
 
 
 def import_detection(
@@ -77,11 +72,13 @@ def import_detection(
     tasks = _tasks(kept, descriptions or {}, seed)
     document = {"train": _write_coco(train, data.classes, output, "train"), "test": _write_coco(test, data.classes, output, "test")}
     (output / "tasks.json").write_text(json.dumps({**document, "tasks": tasks}, indent=1, ensure_ascii=False), encoding="utf-8")
-    named = [{"name": task["name"], "descriptions": task["descriptions"]} for task in tasks]
-    counts = [{"train": trained[label], "test": tested[label]} for label in kept]
     absent = [f"{label} ({trained[label]} to train on, {tested[label]} to test on)" for label in data.classes if label not in kept]
     warnings = [f"classes without pictures to train on or to test on are left out: {', '.join(absent)}."] if absent else []
-    return {"unit": "pictures", "tasks": [{**name, **count} for name, count in zip(named, counts, strict=True)], "warnings": warnings}
+    said = [
+        {"name": task["name"], "descriptions": task["descriptions"], "train": trained[task["label"]], "test": tested[task["label"]]}
+        for task in tasks
+    ]
+    return {"unit": "pictures", "tasks": said, "warnings": warnings}
 
 
 coco_tasks, yolo_tasks, roboflow_tasks, hub_tasks = (partial(import_detection, form) for form in ("coco", "yolo", "roboflow", "hub"))
@@ -128,8 +125,9 @@ def _tasks(labels: list[str], descriptions: Mapping[str, list[str]], seed: int) 
         unseen = phrasings(asked[0], UNSEEN, seed=seed, held_out=True)
         entry = {"name": name, "label": label, "descriptions": asked, "unseen_descriptions": unseen}
         found[name.casefold()] = entry if is_answerable(label) else {**entry, "answer": "object"}
-    if unknown := set(descriptions) - {entry["name"] for entry in found.values()}:
-        raise ValueError(f"A description names {min(unknown)!r}, which is no task: choose of {', '.join(map(str, found))}.")
+    names = [entry["name"] for entry in found.values()]
+    if unknown := descriptions.keys() - set(names):
+        raise ValueError(f"--description names {min(unknown)!r}: the tasks are {', '.join(names)}.")
     return list(found.values())
 
 

@@ -176,7 +176,7 @@ def from_dataset(dataset: datasets.Dataset, folder: Path | None = None) -> list[
     Args:
         dataset (`datasets.Dataset`): Columns `image` and `objects`, `{"bbox": [[x, y, width, height], ...], "category": [...]}`, with
             categories of a `ClassLabel` or as strings; `width` and `height`, where it has them, are compared to the picture's.
-        folder (`Path`, *optional*): An empty folder that pictures are written to, byte by byte; those that are files of this machine stay
+        folder (`Path`, *optional*): A new folder that pictures are written to, byte by byte; those that are files of this machine stay
             where they are. By default all are decoded into memory.
 
     Returns:
@@ -235,6 +235,7 @@ def _file(image: Mapping[str, Any], target: Path) -> str:
     """The file of a picture that is not decoded: its own, or one that its bytes are written to."""
     if image["bytes"] is None:
         return str(image["path"])
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(image["bytes"])
     return str(target)
 

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm.auto import tqdm
 
 from ..disk import inside
@@ -31,30 +32,29 @@ def load_coco_folder(source: str | os.PathLike[str]) -> DetectionData:
         `ValueError`: If there is no such file, its pictures are not there, or [`load_coco`] refuses it.
     """
     patterns = ("annotations/instances_*.json", "annotations/*.json", "*/_annotations.coco.json", "*.json")
-    files = split_files(Path(source), *patterns)
     classes: dict[str, None] = {}
     read: dict[str, list[AnnotatedImage]] = {"test": []}
-    for split, file in files.items():
-        read[split] = load_coco(file, _pictures_of(file))
-        classes |= dict.fromkeys(entry["name"] for entry in read_json(file, str(file))["categories"])
+    for split, file in split_files(Path(source), *patterns).items():
+        pictures, names = _look_into(file)
+        read[split] = load_coco(file, pictures)
+        classes |= dict.fromkeys(names)
     return DetectionData(read["train"], read["test"], list(classes))
 
 
-def _pictures_of(file: Path) -> Path:
-    """The folder that holds the first picture of a COCO file."""
+def _look_into(file: Path) -> tuple[Path, list[str]]:
+    """The folder that holds the first picture of a COCO file, and its categories."""
+    document = read_json(file, f"{file} is no COCO instances file")
     try:
-        first = read_json(file, f"{file} is no COCO instances file")["images"][0]["file_name"]
-        assert isinstance(first, str)
-    except (LookupError, TypeError, AssertionError):
-        return file.parent  # load_coco says what is wrong
+        first, names = Path(document["images"][0]["file_name"]), [entry["name"] for entry in document["categories"]]
+    except (LookupError, TypeError):
+        return file.parent, []  # load_coco says what is wrong
     split = file.stem.removeprefix("instances_")
     folders = [root / part for root in (file.parent, file.parent.parent) for part in (f"images/{split}", split, ".", "images")]
     found = next((folder for folder in folders if (folder / first).is_file()), None)
     if found is None:
-        raise ValueError(
-            f"{file}: its first picture, {first}, is in none of {', '.join(map(str, folders))}: move the pictures to one of them."
-        )
-    return found
+        places = ", ".join(map(str, folders))
+        raise ValueError(f"{file}: its first picture, {first}, is in none of {places}: move the pictures to one of them.")
+    return found, names
 
 
 def load_florence_jsonl(source: str | os.PathLike[str]) -> DetectionData:
@@ -103,7 +103,7 @@ def _read_lines(file: Path) -> list[AnnotatedImage]:
 
 
 def load_hub_dataset(source: str | os.PathLike[str], folder: Path) -> DetectionData:
-    """Read a data set as [`from_dataset`] does; no code of it is run.
+    """Read a data set as [`from_dataset`] does; no code of it is run, and it has no pictures but its own.
 
     Args:
         source (`str` or `Path`): What `datasets.load_dataset` takes: an id of the Hub, or a folder.
@@ -113,22 +113,25 @@ def load_hub_dataset(source: str | os.PathLike[str], folder: Path) -> DetectionD
         [`DetectionData`]
 
     Raises:
-        `ValueError`: If it cannot be loaded, or [`from_dataset`] refuses it.
+        `ValueError`: If it cannot be loaded, names a file that is not of its folder or of the Hub's cache, or [`from_dataset`] refuses it.
     """
     import datasets
 
     try:
-        splits = chosen_splits(datasets.load_dataset(str(source)), source)
+        found = datasets.load_dataset(str(source))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{source} is no data set that can be loaded ({' '.join(str(error).split())}).") from error
+    roots = [Path(root).resolve() for root in (source, folder, datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)]
     read: dict[str, list[AnnotatedImage]] = {"test": []}
     classes: dict[str, None] = {}
-    for split, rows in splits.items():
-        (folder / split).mkdir(parents=True)
+    for split, rows in chosen_splits(found, source).items():
         try:
             read[split] = from_dataset(rows, folder / split)
         except ValueError as error:
             raise ValueError(f"{source}, {rows.split}: {error}") from error
+        for file in (Path(str(image.image)).resolve() for image in read[split]):
+            if not any(file.is_relative_to(root) for root in roots):
+                raise ValueError(f"{source} names the picture {file}, which is no file of it: write the pictures themselves into it.")
         names = getattr(category_of(rows), "names", None) or [label for image in read[split] for label in image.labels]
         classes |= dict.fromkeys(names)
     return DetectionData(read["train"], read["test"], list(classes))
