@@ -85,7 +85,7 @@ coco_tasks, yolo_tasks, roboflow_tasks, hub_tasks = (partial(import_detection, f
 
 
 def _splits(data: DetectionData, source: Any, share: float, seed: int) -> tuple[list[AnnotatedImage], list[AnnotatedImage]]:
-    trained, held = ({str(image.image) for image in images} for images in (data.train, data.test))
+    trained, held = ({Path(str(image.image)).resolve() for image in images} for images in (data.train, data.test))
     if not held or trained == held:
         return divide(data.train, share, seed)
     if both := sorted(trained & held):

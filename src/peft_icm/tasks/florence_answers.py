@@ -85,8 +85,8 @@ def read_answer(text: str, size: tuple[int, int]) -> tuple[list[list[float]], li
     Example:
 
     ```python
-    >>> read_answer("dog<loc_0><loc_499><loc_999><loc_999>", (100, 10))
-    ([[0.05, 4.995, 99.95, 9.995]], ['dog'])
+    >>> read_answer("dog<loc_0><loc_499><loc_999><loc_999>", (1000, 1000))
+    ([[0.5, 499.5, 999.5, 999.5]], ['dog'])
 
     ```
     """
