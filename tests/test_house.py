@@ -16,7 +16,7 @@ FLOORS = [
     {"disk", "pictures", "bundled", "unknown"},
     {"hub"},
     {"tasks", "conditioning"},
-    {"adapters"},
+    {"adapters", "data_import"},
     {"collecting", "generator"},
     {"training"},
     {"baselines"},

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
@@ -138,7 +139,7 @@ def load_coco(annotations: str | os.PathLike[str], images: str | os.PathLike[str
             if row[key] not in known:
                 raise ValueError(f"{annotations} has an annotation of {key} {row[key]!r}, which the file does not define.")
         image = row["image_id"]
-        boxes[image].append(_corners(row["bbox"], sizes[image], names[image]))
+        boxes[image].append(clipped_corners(row["bbox"], sizes[image], names[image]))
         labels[image].append(categories[row["category_id"]])
     return [AnnotatedImage(str(file), boxes[number], labels[number]) for number, file in files.items()]
 
@@ -169,12 +170,14 @@ def _check_size(said: tuple[Any, Any], size: tuple[int, int], name: str) -> None
         )
 
 
-def from_dataset(dataset: datasets.Dataset) -> list[AnnotatedImage]:
-    """Read a data set with the Hub's usual columns for object detection; its pictures are decoded into memory.
+def from_dataset(dataset: datasets.Dataset, folder: Path | None = None) -> list[AnnotatedImage]:
+    """Read a data set with the Hub's usual columns for object detection.
 
     Args:
         dataset (`datasets.Dataset`): Columns `image` and `objects`, `{"bbox": [[x, y, width, height], ...], "category": [...]}`, with
             categories of a `ClassLabel` or as strings; `width` and `height`, where it has them, are compared to the picture's.
+        folder (`Path`, *optional*): A new folder that pictures are written to, byte by byte; those that are files of this machine stay
+            where they are. By default all are decoded into memory.
 
     Returns:
         `list[AnnotatedImage]`
@@ -185,18 +188,11 @@ def from_dataset(dataset: datasets.Dataset) -> list[AnnotatedImage]:
     """
     import datasets
 
-    features = getattr(dataset, "features", None)
-    features = features if isinstance(features, Mapping) else {}  # a DatasetDict has none: its splits have
-    objects = features.get("objects")
-    category = getattr(objects.get("category"), "feature", None) if isinstance(objects, dict) else None
-    is_known = isinstance(category, datasets.ClassLabel) or category == datasets.Value("string")
-    if not (is_known and isinstance(features.get("image"), datasets.Image)):
-        raise ValueError(
-            'The data set needs the columns image and objects {"bbox", "category"}, with categories of a ClassLabel or strings; '
-            f"found {dict(features) or type(dataset).__name__}."
-        )
+    category = category_of(dataset)
+    dataset = dataset.with_format(None)
+    dataset = dataset.cast_column("image", datasets.Image(decode=False)) if folder else dataset
     found, seen = [], set()
-    for index, row in enumerate(dataset.with_format(None)):
+    for index, row in enumerate(dataset):
         boxes, labels = (row["objects"] or {}).get("bbox"), (row["objects"] or {}).get("category")
         if not (row["image"] and isinstance(boxes, list) and isinstance(labels, list) and all(map(_IS[_BOX], boxes))):
             raise ValueError(f"image {index} must be a picture with lists of bbox, {_BOX}, and category; found {row['objects']!r:.200}.")
@@ -210,15 +206,62 @@ def from_dataset(dataset: datasets.Dataset) -> list[AnnotatedImage]:
             raise ValueError(f"image {index}: a second row has the image_id {row['image_id']!r}.")
         if row.get("image_id") is not None:
             seen.add(row["image_id"])
-        size = picture_size(row["image"])
+        image = _file(row["image"], folder / f"{index:06d}") if folder else row["image"]
+        size = picture_size(image)
         if row.get("width") is not None and row.get("height") is not None:
             _check_size((row["width"], row["height"]), size, f"image {index}")
-        found.append(AnnotatedImage(row["image"], [_corners(bbox, size, f"image {index}") for bbox in boxes], labels))
+        found.append(AnnotatedImage(image, [clipped_corners(bbox, size, f"image {index}") for bbox in boxes], labels))
     return found
 
 
-def _corners(bbox: Sequence[float], size: tuple[int, int], name: str) -> list[float]:
-    """COCO's xywh as xyxy, clipped to the image."""
+def category_of(dataset: datasets.Dataset) -> datasets.ClassLabel | datasets.Value:
+    """The feature of a data set's categories; `ValueError` if its columns are not those of [`from_dataset`]."""
+    import datasets
+
+    features = getattr(dataset, "features", None)
+    features = features if isinstance(features, Mapping) else {}  # a DatasetDict has none: its splits have
+    objects = features.get("objects")
+    category = getattr(objects.get("category"), "feature", None) if isinstance(objects, dict) else None
+    is_known = isinstance(category, datasets.ClassLabel) or category == datasets.Value("string")
+    if not (is_known and isinstance(features.get("image"), datasets.Image)):
+        raise ValueError(
+            'The data set needs the columns image and objects {"bbox", "category"}, with categories of a ClassLabel or strings; '
+            f"found {dict(features) or type(dataset).__name__}."
+        )
+    return category
+
+
+def _file(image: Mapping[str, Any], target: Path) -> str:
+    """The file of a picture that is not decoded: its own, or one that its bytes are written to."""
+    if image["bytes"] is None:
+        return str(image["path"])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(image["bytes"])
+    return str(target)
+
+
+def clipped_corners(bbox: Sequence[float], size: tuple[int, int], name: str) -> list[float]:
+    """COCO's box as corners, clipped to the image.
+
+    Args:
+        bbox (`Sequence[float]`): x, y, width, height in pixels.
+        size (`tuple[int, int]`): Width and height of the image.
+        name (`str`): Of the image, for the message.
+
+    Returns:
+        `list[float]`: x1, y1, x2, y2.
+
+    Raises:
+        `ValueError`: If the box is empty or more than a pixel outside its image.
+
+    Example:
+
+    ```python
+    >>> clipped_corners([-0.5, 3, 20, 5], (80, 40), "a.jpg")
+    [0.0, 3.0, 19.5, 8.0]
+
+    ```
+    """
     x, y, width, height = bbox
     corners, limits = (x, y, x + width, y + height), (*size, *size)
     within = all(-1 <= value <= limit + 1 for value, limit in zip(corners, limits, strict=True))

@@ -10,7 +10,28 @@ from typing import Any
 
 import torch
 
+_ANSWER = re.compile(r"([^<]+)((?:(?:<loc_\d{1,3}>){4})+)")
 LONGEST_LABEL = 200  # characters: the processor's pattern takes the square of their number
+
+
+def is_answerable(label: str) -> bool:
+    """Whether Florence-2 can answer with a label, so that its processor reads it back.
+
+    Args:
+        label (`str`): The label.
+
+    Returns:
+        `bool`: Not of one that is blank, not ASCII, longer than 200 characters, with `<` or a line break, or with space around it.
+
+    Example:
+
+    ```python
+    >>> is_answerable("traffic light"), is_answerable("Tür")
+    (True, False)
+
+    ```
+    """
+    return bool(label) and label.isascii() and not {"<", "\n"} & {*label} and label == label.strip() and len(label) <= LONGEST_LABEL
 
 
 def answer_text(
@@ -36,7 +57,7 @@ def answer_text(
     if not isinstance(location_step, int) or not 1 <= location_step <= 1000:
         raise ValueError(f"location_step={location_step} must be between 1 (all of Florence-2's bins) and 1000 (a single one).")
     for label in labels:
-        if not label or not label.isascii() or "<" in label or "\n" in label or label != label.strip() or len(label) > LONGEST_LABEL:
+        if not is_answerable(label):
             raise ValueError(
                 f"Florence-2 cannot answer with the label {label!r:.80}: it must be ASCII, at most {LONGEST_LABEL} characters, without '<',"
                 " line breaks or space around it."
@@ -46,6 +67,41 @@ def answer_text(
     # Sorted as written, not in pixels: the order is then a function of what the model can see in its own answer.
     objects = sorted(zip(bins.tolist(), labels, strict=True))
     return "".join(label + "".join(f"<loc_{number}>" for number in corners) for corners, label in objects)
+
+
+def read_answer(text: str, size: tuple[int, int]) -> tuple[list[list[float]], list[str]]:
+    """Read an answer that is data to learn from: what [`answer_text`] writes, or a label before several boxes.
+
+    Args:
+        text (`str`): The whole answer, `name<loc_1><loc_2><loc_3><loc_4>...`.
+        size (`tuple[int, int]`): Width and height of the image.
+
+    Returns:
+        `tuple[list[list[float]], list[str]]`: `[N, 4]` boxes, xyxy in pixels, the middles of their bins; and N labels.
+
+    Raises:
+        `ValueError`: If a part of it is no such object, or its corners are swapped.
+
+    Example:
+
+    ```python
+    >>> read_answer("dog<loc_0><loc_499><loc_999><loc_999>", (1000, 1000))
+    ([[0.5, 499.5, 999.5, 999.5]], ['dog'])
+
+    ```
+    """
+    if left := _ANSWER.sub("", text):
+        raise ValueError(f"{left.strip()!r:.80} is no name with four locations from <loc_0> to <loc_999>")
+    boxes, labels = [], []
+    for label, locations in _ANSWER.findall(text):
+        bins = [int(number) for number in re.findall(r"\d+", locations)]
+        for left, top, right, bottom in zip(*(bins[corner::4] for corner in range(4)), strict=True):
+            if left > right or top > bottom:
+                raise ValueError(f"{label.strip()!r:.80} has swapped corners: {left}, {top}, {right}, {bottom}")
+            corners = zip((left, top, right, bottom), (*size, *size), strict=True)
+            boxes.append([(number + 0.5) / 1000 * length for number, length in corners])
+            labels.append(label.strip())
+    return boxes, labels
 
 
 def parse_answer(tokens: Sequence[int], log_probs: Sequence[float], size: tuple[int, int], processor: Any) -> dict[str, Any]:
