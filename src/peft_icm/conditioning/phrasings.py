@@ -182,7 +182,16 @@ def _say(sentence: str, draw: random.Random, held_out: bool) -> str:
 def _singular(subject: str) -> str:
     """Of a plural such as "sofas" or "slices of pizza"; anything else stays as it is."""
     head, *rest = re.split(r"(?= of )", subject, maxsplit=1)
-    for ending, singular in (("ies", "y"), ("sses", "ss"), ("shes", "sh"), ("ches", "ch"), ("xes", "x"), ("uses", "us"), ("s", "")):
+    for ending, singular in (
+        ("ies", "y"),
+        ("sses", "ss"),
+        ("shes", "sh"),
+        ("ches", "ch"),
+        ("xes", "x"),
+        ("ouses", "ouse"),
+        ("uses", "us"),
+        ("s", ""),
+    ):
         if head.endswith(ending) and not head.endswith("ss") and len(head.split()) <= 2 and head == head.lower():
             return head.removesuffix(ending) + singular + "".join(rest)
     return subject
