@@ -1,6 +1,6 @@
 """The GGUF that llama.cpp reads: the adapter's own numbers, rows of q and k in its order, every scale in one alpha.
 
-examples/serving/llama_cpp.py has llama.cpp itself open such files.
+examples/serving/in_llama_cpp.py has llama.cpp itself open such files.
 """
 
 import math
@@ -48,7 +48,7 @@ def updates(model):
 
 
 def rotated(projected, heads, neighbours):
-    """q or k `[L, heads * d]` after the rotary embedding, which takes the two halves of a head for pairs, or neighbours, as llama.cpp does."""
+    """q or k `[L, heads * d]` after the rotary embedding: its pairs are the two halves of a head, or neighbours, as in llama.cpp."""
     length, d = len(projected), projected.shape[1] // heads
     angles = torch.arange(length)[:, None] * 10000 ** (-torch.arange(0, d, 2) / d)
     states = projected.view(length, heads, d).transpose(0, 1)

@@ -12,7 +12,7 @@ from .layout import AdapterLayout
 from .tensors import module_of
 
 # Of a base's class: its architecture in GGUF, and whether llama.cpp turns the rows of q and k around (its rotary embedding takes neighbours
-# for pairs, transformers' the two halves of a head). Checked against llama.cpp's converter: examples/serving/llama_cpp.py.
+# for pairs, transformers' the two halves of a head). Checked against llama.cpp's converter: examples/serving/in_llama_cpp.py.
 ARCHITECTURES = {
     "LlamaForCausalLM": ("llama", True),
     "MistralForCausalLM": ("llama", True),

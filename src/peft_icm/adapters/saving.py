@@ -46,8 +46,8 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
         model (`PeftModel`): Carries the adapter.
         folder (`str` or `Path`): Where to; files of the same names are replaced, but for a card that was edited by hand.
         adapter_name (`str`, defaults to `"default"`): Which adapter.
-        format (`str`, defaults to `"peft"`): `"gguf"` writes `adapter_model.gguf` alone, without a card, for a Llama, Mistral, Qwen2 or Qwen3
-            ([`write_gguf`]); it needs `peft-icm[gguf]`.
+        format (`str`, defaults to `"peft"`): `"gguf"` writes `adapter_model.gguf` alone, without a card, for a base that is a Llama,
+            Mistral, Qwen2 or Qwen3 ([`write_gguf`]); it needs `peft-icm[gguf]`.
 
     Returns:
         `Path`: `folder`.

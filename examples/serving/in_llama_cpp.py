@@ -1,7 +1,7 @@
 """Adapters in llama.cpp itself: logits against transformers and peft, and our GGUF files against those of llama.cpp's own converter.
 
     pip install "peft-icm[gguf]" llama-cpp-python sentencepiece   # builds llama.cpp
-    python examples/serving/llama_cpp.py SOURCE                   # vendor/llama.cpp of llama-cpp-python's sdist, or a clone of llama.cpp
+    python examples/serving/in_llama_cpp.py SOURCE                   # vendor/llama.cpp of llama-cpp-python's sdist, or a clone of llama.cpp
 
 Everything is converted to float32 and offline. The tokenizer of the bundled base is none that llama.cpp knows by its hash: it is written as
 GPT-2's, which changes no logits, as tokens go in by their numbers.
