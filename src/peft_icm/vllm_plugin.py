@@ -28,12 +28,11 @@ MAX_ADAPTERS, MAX_SENTENCE = 64, 1000
 
 
 class SentenceAdapters:
-    """Adapters of sentences as PEFT folders, each generated once.
+    """Adapters of sentences as PEFT folders, named by their values: one that is there, of this process or another, is not written again.
 
     Args:
         generator (`str`): Folder or Hub id of the generator, or `"bundled:text"`; loaded with the first sentence.
-        cache (`str` or `Path`, *optional*): Where the folders lie; one that is there already, as after a restart, is taken as it is. By
-            default a temporary folder that goes with the process.
+        cache (`str` or `Path`, *optional*): Where the folders lie; by default a temporary folder that goes with the process.
         sentences (`Collection[str]`, *optional*): The only ones that are answered; by default all that the generator knows.
         limit (`int`, defaults to 64): The most adapters. Further sentences are refused: vLLM keeps the folder of each name that it has
             resolved and reads it again whenever it needs room, so none may go while it runs.
@@ -43,8 +42,7 @@ class SentenceAdapters:
         self, generator: str, cache: str | Path | None = None, sentences: Collection[str] | None = None, limit: int = MAX_ADAPTERS
     ):
         self.name, self.sentences, self.limit = generator, sentences, limit
-        self._temporary = None if cache else tempfile.TemporaryDirectory(prefix="peft-icm-")
-        self.cache = Path(cache or self._temporary.name)  # type: ignore[union-attr]
+        self.cache = Path(cache) if cache else None
         self._generator: ICMGenerator | None = None
         self._bases: set[str] = set()
         self._lock = threading.Lock()
@@ -69,22 +67,22 @@ class SentenceAdapters:
         if len(sentence) > MAX_SENTENCE:
             raise ValueError(f"A sentence of {len(sentence)} characters: at most {MAX_SENTENCE} are read.")
         with self._lock:
-            generator = self._load()
+            if self._generator is None:
+                self._generator = load_generator(self.name)
+            generator = self._generator
             if base_model not in self._bases:
                 _check_base(generator, base_model)
                 self._bases.add(base_model)
-            made = hashlib.sha256(f"{generator.layout.fingerprint}\n{self.name}\n{sentence}".encode()).hexdigest()[:32]
-            folder = self.cache / made
+            state_dict = generator.generate_state_dict(sentence, temperature=0.0, on_unknown="raise")
+            if self.cache is None:  # not before: vLLM registers the plugin in processes that never ask it
+                self._temporary = tempfile.TemporaryDirectory(prefix="peft-icm-")
+                self.cache = Path(self._temporary.name)
+            folder = self.cache / generator.layout.sha256(state_dict)[:32]
             if not folder.is_dir():
                 if self.cache.is_dir() and len(list(self.cache.glob("[!.]*"))) >= self.limit:
                     raise ValueError(f"There are {self.limit} adapters in {self.cache}, which is the limit: raise it, or start with fewer.")
-                _write(generator, generator.generate_state_dict(sentence, temperature=0.0, on_unknown="raise"), folder)
+                _write(generator, state_dict, folder)
             return folder
-
-    def _load(self) -> ICMGenerator:
-        if self._generator is None:
-            self._generator = load_generator(self.name)
-        return self._generator
 
 
 def _check_base(generator: ICMGenerator, base_model: str) -> None:
