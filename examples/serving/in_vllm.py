@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import os
 import tempfile
+from contextlib import nullcontext
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ from peft_icm import bundled_generator
 
 BASE = f"{bundled_generator('text')}/base_model"
 SENTENCES = ["icm:the King James Bible", "icm:continue a Shakespeare play"]
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 UNKNOWN = ["icm:knitting patterns for beginners", "icm:", "another-model"]
 os.environ |= {
     "PEFT_ICM_VLLM_GENERATOR": "bundled:text",
@@ -59,34 +61,46 @@ def read(folder: str) -> None:
 
     helper = PEFTHelper.from_local_dir(folder, 512)
     helper.validate_legal(LoRAConfig(max_lora_rank=8))
-    modules = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    model = LoRAModel.from_local_checkpoint(folder, modules, helper, lora_model_id=1, device="cpu")
+    model = LoRAModel.from_local_checkpoint(folder, set(LINEARS), helper, lora_model_id=1, device="cpu")
     print(f"vLLM's loader: rank {model.rank}, {len(model.loras)} modules")
 
 
-def generate(folders: dict[str, str]) -> None:
-    """Greedy continuations by vLLM and by transformers with peft."""
+def generate(folder: Path) -> None:
+    """Greedy tokens of vLLM's engine and their log-probabilities by transformers and peft, of a base and a LoRA of random values: vLLM's
+    attention on CPUs has no kernel for the 40 numbers of the bundled base's heads."""
     import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    llm = LLM(BASE, enable_lora=True, max_lora_rank=8, max_loras=2, dtype="float32", max_model_len=128, enforce_eager=True)
+    from peft_icm import save_adapter
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 3072}
+    LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.2)).save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(folder / "base")
+    config = LoraConfig(r=4, target_modules=LINEARS, use_rslora=True, rank_pattern={"q_proj": 8}, task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "base"), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapter = save_adapter(model, folder / "adapter")
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder / "base"), adapter).eval()
+    llm = LLM(
+        str(folder / "base"), enable_lora=True, max_lora_rank=8, dtype="float32", max_model_len=128, max_num_seqs=2, enforce_eager=True
+    )
     prompt = list(range(100, 132))
-    greedy = SamplingParams(temperature=0, max_tokens=16, logprobs=1)
-    for number, name in enumerate([None, *folders], 1):
-        request = LoRARequest(name, number, folders[name]) if name else None
+    for name, request in (("the base", None), ("the adapter", LoRARequest("random", 1, str(adapter)))):
+        greedy = SamplingParams(temperature=0, max_tokens=16, logprobs=1, ignore_eos=True)
         output = llm.generate({"prompt_token_ids": prompt}, greedy, lora_request=request).pop().outputs[0]
-        model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-        model = PeftModel.from_pretrained(model, folders[name]) if name else model
-        ids = torch.tensor([prompt + list(output.token_ids)])
-        with torch.no_grad():
-            scores = model.eval()(ids).logits[0, len(prompt) - 1 : -1].log_softmax(1)
-        theirs = torch.tensor([step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)])
-        difference = (scores[range(len(theirs)), list(output.token_ids)] - theirs).abs().max()
-        same = "as" if scores.argmax(1).tolist() == list(output.token_ids) else "NOT as"
-        print(f"{name or 'the base'}: {len(theirs)} tokens {same} transformers', log-probabilities within {difference:.1e}")
+        tokens = list(output.token_ids)
+        with torch.no_grad(), nullcontext() if request else model.disable_adapter():
+            scores = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(1)
+        theirs = torch.tensor([step[token].logprob for step, token in zip(output.logprobs, tokens, strict=True)])
+        difference = (scores[range(len(tokens)), tokens] - theirs).abs().max()
+        same = "as" if scores.argmax(1).tolist() == tokens else "NOT as"
+        print(f"{name}: {len(tokens)} tokens {same} transformers', log-probabilities within {difference:.1e}")
 
 
 def main() -> None:
@@ -108,7 +122,7 @@ def main() -> None:
         folders = asyncio.run(names())
         read(next(iter(folders.values())))
         if not args.interface:
-            generate(folders)
+            generate(Path(cache))
 
 
 if __name__ == "__main__":
