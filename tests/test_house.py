@@ -23,7 +23,7 @@ FLOORS = [
     {"evaluation"},
     {"demo", "metrics", "cli_options"},
     {"cli_verbs"},
-    {"cli_tasks", "cli_data"},
+    {"cli_tasks", "cli_data", "vllm_plugin"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

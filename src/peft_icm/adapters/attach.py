@@ -56,15 +56,15 @@ def attach(
 
     Raises:
         `ValueError`: If the base does not fit the layout, carries adapters though it is no `PeftModel` ([`check_bare`]), or has no values,
-            the name is taken by another layout, or a value is not finite; the model is as it was then.
+            the name is taken by another layout, a value is not finite, or the adapter would do nothing, because the model's adapters are
+            disabled or its dtype makes zeros of it; the model is as it was then.
     """
-    vector = layout.flatten(state_dict)
-    if not torch.isfinite(vector).all():
-        raise ValueError(f"The adapter holds {int((~torch.isfinite(vector)).sum())} NaN or infinite values of {layout.numel}.")
+    vector = finite(layout, state_dict)
     check_name(adapter_name)
     if not isinstance(model, PreTrainedModel | PeftModel):
         raise ValueError(f"The base model is a {type(model).__name__}, must be a PreTrainedModel or a PeftModel.")
     with ATTACHING:
+        check_enabled(model)
         if isinstance(model, PeftModel) and adapter_name in model.peft_config:
             _swap(model, layout, state_dict, adapter_name, is_trainable)
         else:
@@ -72,6 +72,42 @@ def attach(
         # On the configuration, which goes when the adapter goes; peft saves its fields alone.
         vars(model.peft_config[adapter_name])[PROVENANCE] = {**provenance, "vector": vector.cpu()} if provenance else {}
     return model
+
+
+def finite(layout: AdapterLayout, state_dict: Mapping[str, Tensor]) -> Tensor:
+    """The vector of an adapter, checked.
+
+    Args:
+        layout (`AdapterLayout`): Of the adapter.
+        state_dict (`Mapping[str, Tensor]`): Its tensors.
+
+    Returns:
+        `Tensor`: `[P]`.
+
+    Raises:
+        `ValueError`: If they are not those of the layout, or a value is not finite.
+    """
+    vector = layout.flatten(state_dict)
+    if not torch.isfinite(vector).all():
+        raise ValueError(f"The adapter holds {int((~torch.isfinite(vector)).sum())} NaN or infinite values of {layout.numel}.")
+    return vector
+
+
+def check_enabled(model: nn.Module) -> None:
+    """Refuse a model on which an adapter would do nothing.
+
+    Args:
+        model (`nn.Module`): With or without adapters.
+
+    Raises:
+        `ValueError`: If its adapters are disabled.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and module.disable_adapters:
+            raise ValueError(
+                f"{name}: the adapters of this model are disabled, and another would do nothing. Call enable_adapters() on it, or"
+                " base_model.enable_adapter_layers() on a PeftModel, or leave the `with model.disable_adapter()`."
+            )
 
 
 def check_name(name: str) -> str:
@@ -126,8 +162,8 @@ def _add(
     if not isinstance(model, PeftModel):
         check_bare(base)
     layout.check_base(base)
-    _warn_of_another_base(base, layout)
-    _warn_of_shared_weights(base, layout)
+    warn_of_another_base(base, layout)
+    warn_of_shared_weights(base, layout)
     config = layout.lora_config()
     config.inference_mode = not is_trainable
     config.base_model_name_or_path = base.name_or_path or layout.base_model_name_or_path
@@ -141,9 +177,9 @@ def _add(
                 wrapped = get_peft_model(model, config, adapter_name=adapter_name)
                 if SHARES in base.__dict__:
                     wrapped.base_model.__class__ = SharingLoraModel  # peft offers no hook before a merge
-        layers = _layers(dict(wrapped.named_modules()), adapter_name)
+        layers = layers_with(dict(wrapped.named_modules()), adapter_name)
         _fill(layers, state_dict, adapter_name, is_trainable)
-        _matching_parameters(wrapped, layers, layout, adapter_name)
+        matching_parameters(wrapped, layers, layout, adapter_name)
         wrapped.set_adapter(adapter_name, inference_mode=not is_trainable)
     return wrapped.train(is_trainable)
 
@@ -154,21 +190,22 @@ def _add(
 def _swap(model: PeftModel, layout: AdapterLayout, state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool) -> None:
     """Write new values into an adapter that is there; what is already as it should be is not set again."""
     modules = dict(model.named_modules())
-    layers = _layers(modules, adapter_name)
-    parameters = _matching_parameters(model, layers, layout, adapter_name)
+    layers = layers_with(modules, adapter_name)
+    parameters = matching_parameters(model, layers, layout, adapter_name)
+    values = as_taken(parameters, state_dict)
     active = all(layer.active_adapters == [adapter_name] and not layer.merged for layer in layers.values())
     if not active or model.active_adapters != [adapter_name] or any(p.requires_grad != is_trainable for p in parameters.values()):
         model.set_adapter(adapter_name, inference_mode=not is_trainable)  # unmerges, so before the values change
     model.peft_config[adapter_name].inference_mode = not is_trainable
     with torch.no_grad():
         for key, parameter in parameters.items():
-            parameter.copy_(state_dict[key])
+            parameter.copy_(values[key])
     if any(module.training != is_trainable for module in modules.values()):
         model.train(is_trainable)
 
 
-def _layers(modules: Mapping[str, nn.Module], adapter_name: str) -> dict[str, LoraLayer]:
-    """Those of `model.named_modules()` that carry the adapter."""
+def layers_with(modules: Mapping[str, nn.Module], adapter_name: str) -> dict[str, LoraLayer]:
+    """Those of a PeftModel's `named_modules()` that carry the adapter."""
     return {name: layer for name, layer in modules.items() if isinstance(layer, LoraLayer) and adapter_name in layer.r}
 
 
@@ -192,8 +229,8 @@ def _fill(layers: Mapping[str, LoraLayer], state_dict: Mapping[str, Tensor], ada
             matrices[adapter_name].weight = parameter
 
 
-def _matching_parameters(
-    model: PeftModel, layers: Mapping[str, LoraLayer], layout: AdapterLayout, adapter_name: str
+def matching_parameters(
+    model: PreTrainedModel | PeftModel, layers: Mapping[str, LoraLayer], layout: AdapterLayout, adapter_name: str
 ) -> dict[str, nn.Parameter]:
     """The parameter of each key; refuses an adapter of another layout or without values, in time proportional to the adapter."""
     action = "Choose another adapter_name or delete_adapter it first."
@@ -217,7 +254,20 @@ def _matching_parameters(
     return parameters
 
 
-def _warn_of_another_base(base: PreTrainedModel, layout: AdapterLayout) -> None:
+def as_taken(parameters: Mapping[str, nn.Parameter], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of an adapter in the dtypes of the parameters that take them; refuses those that make zeros or infinities of it."""
+    values = {key: state_dict[key].to(parameter) for key, parameter in parameters.items()}
+    matrices = [key for key in values if key.endswith(("lora_B.weight", "lora_embedding_B"))]
+    emptied = any(state_dict[key].any() for key in matrices) and not any(values[key].any() for key in matrices)
+    if emptied or not all(value.isfinite().all() for value in values.values()):
+        dtype = str(values[matrices[0]].dtype).removeprefix("torch.")
+        what = "every B of the adapter is zero: it would do nothing" if emptied else "the adapter has infinite values"
+        raise ValueError(f"In {dtype}, the dtype of the model's adapter, {what}. Convert the model to float32 or bfloat16.")
+    return values
+
+
+def warn_of_another_base(base: PreTrainedModel, layout: AdapterLayout) -> None:
+    """Of a base whose name or commit is not the layout's."""
     name, wanted = base.name_or_path, layout.base_model_name_or_path
     if name and wanted and name != wanted and not os.path.isdir(name) and not os.path.isdir(wanted):
         warnings.warn(f"The adapter was made for {wanted}, the base model is {name}.", stacklevel=5)
@@ -226,7 +276,7 @@ def _warn_of_another_base(base: PreTrainedModel, layout: AdapterLayout) -> None:
         warnings.warn(f"The adapter was made for revision {layout.revision} of {wanted}, the base is {found}.", stacklevel=5)
 
 
-def _warn_of_shared_weights(base: PreTrainedModel, layout: AdapterLayout) -> None:
+def warn_of_shared_weights(base: PreTrainedModel, layout: AdapterLayout) -> None:
     """Only at the first injection: a module that carries a LoRA has its weight one level deeper, and has been warned of."""
     weights = dict(base.named_parameters(remove_duplicate=False))
     owners = Counter(map(id, weights.values()))

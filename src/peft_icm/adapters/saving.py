@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack, get_args
 
 from huggingface_hub import CommitInfo, ModelCard
 from peft import PeftModel
@@ -19,9 +19,12 @@ from ..disk import replacing_folder
 from ..hub.cards import ADAPTED, CHANGED, FACTS, GENERATED, adapter_card
 from ..hub.files import CARD, PushOptions, copy_base, edited_by_hand, marked, published, push_folder
 from .attach import PROVENANCE
+from .gguf import write_gguf
 from .layout import AdapterLayout
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, GGUF = "adapter_config.json", "adapter_model.safetensors", "adapter_model.gguf"
+Format = Literal["peft", "gguf"]
+FORMATS: tuple[str, ...] = get_args(Format)
 # Of the weights that a card was written for, in its front matter.
 _SHA256 = re.compile(r"^ *sha256: ['\"]?([0-9a-f]{64})['\"]?\r?$", re.MULTILINE)
 
@@ -31,8 +34,8 @@ def _check_name(model: PeftModel, adapter_name: str) -> None:
         raise ValueError(f"No adapter named {adapter_name!r}: the model has {sorted(model.peft_config)}.")
 
 
-def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> Path:
-    """Save one adapter as an ordinary PEFT folder, with a card that says where it came from.
+def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default", *, format: Format = "peft") -> Path:
+    """Save one adapter as an ordinary PEFT folder, with a card that says where it came from, or as the GGUF file of llama.cpp and Ollama.
 
     Unlike `model.save_pretrained`, it never writes embedding layers of the base, puts the adapter into `folder` itself whatever its
     name, writes to a temporary folder first, and adds generator, text and seed to the card, and whether the weights still are those
@@ -42,15 +45,24 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
         model (`PeftModel`): Carries the adapter.
         folder (`str` or `Path`): Where to; files of the same names are replaced, but for a card that was edited by hand.
         adapter_name (`str`, defaults to `"default"`): Which adapter.
+        format (`str`, defaults to `"peft"`): `"gguf"` writes `adapter_model.gguf` alone, without a card, for a base that is a Llama,
+            Mistral, Qwen2 or Qwen3 ([`write_gguf`]); it needs `peft-icm[gguf]`.
 
     Returns:
         `Path`: `folder`.
 
     Raises:
-        `ValueError`: If the model has no such adapter.
+        `ValueError`: If the model has no such adapter, `format` is none, or llama.cpp cannot hold the adapter.
+        `OSError`: If `format` is `"gguf"` and the package gguf is missing.
     """
     _check_name(model, adapter_name)
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is unknown: choose one of {', '.join(FORMATS)}.")
     target = Path(folder)
+    if format == "gguf":
+        with replacing_folder(target) as new:
+            write_gguf(model, new / GGUF, adapter_name)
+        return target
     with tempfile.TemporaryDirectory() as temporary, replacing_folder(target) as new:
         model.save_pretrained(temporary, selected_adapters=[adapter_name], save_embedding_layers=False)
         source = Path(temporary) if adapter_name == "default" else Path(temporary) / adapter_name

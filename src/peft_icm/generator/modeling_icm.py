@@ -17,6 +17,7 @@ from .networks import NETWORKS, ContextAttention, Statistics
 from .reading import Reader
 from .sampling import Generators, as_conditions, draw_noise
 from .saving import SavedModel
+from .serving import ServingMixin
 from .text_reading import TextReader
 
 
@@ -43,7 +44,7 @@ class ICMOutput(ModelOutput):
     latent_logvar: Tensor | None = None
 
 
-class ICMGenerator(AdaptingMixin, SavedModel):
+class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
     r"""A conditional VAE over LoRA adapters: a task vector in, a native `PeftModel` out.
 
     Implements In-Context Meta LoRA Generation, Eqs. 2-9, in two architectures ([`ICMConfig`]).
