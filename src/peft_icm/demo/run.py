@@ -125,7 +125,7 @@ def _few_tasks(task: str, tasks: dict[str, Any]) -> tuple[list[Any], str]:
 def _beginning(task: Any) -> Any:
     """A task with the beginning of its held-out data."""
     if isinstance(task, LanguageModelingTask):
-        return replace(task, test_texts=[task.test_texts[0][:CHARACTERS]])
+        return replace(task, test_texts=[str(task.test_texts[0])[:CHARACTERS]])
     images = [image for image in task.test_images if task.label in image.labels][:PICTURES]
     return replace(task, test_images=images + [image for image in task.test_images if task.label not in image.labels][:PICTURES])
 

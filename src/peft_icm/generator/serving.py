@@ -8,8 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..adapters.load_into import load_into
+from ..unknown import OnUnknown
 from .generation import AdapterMixin
-from .requests import OnUnknown, TaskInputs
+from .requests import TaskInputs
 
 
 class ServingMixin(AdapterMixin):
