@@ -30,7 +30,9 @@ CSS = """
 .icm .known, .icm .unknown { display: inline-block; border-radius: 999px; padding: 0 10px; font-weight: 600; font-size: .875rem; }
 .icm .known { background: #dcfce7; color: #14532d; }
 .icm .unknown { background: #ffedd5; color: #7c2d12; }
+.gradio-container .html-container { padding: 0 !important; }
 .icm table { width: 100%; border-collapse: collapse; margin: 0; }
+.icm table, .icm tr { border: 0 !important; }
 .icm table.bars th { width: 34%; }
 .icm th, .icm td { border: 0 !important; padding: 2px 6px 2px 0 !important; text-align: left; font-weight: 400; color: #1c1917;
   overflow-wrap: anywhere; }
@@ -49,6 +51,7 @@ CSS = """
 .icm summary { cursor: pointer; color: #1d4ed8; font-size: .875rem; }
 .icm .numbers { max-height: 240px; overflow: auto; font-size: .8125rem; }
 .icm svg { width: 100%; height: auto; border-radius: 4px; background: #e7e5e4; display: block; }
+.icm rect { fill: none; vector-effect: non-scaling-stroke; }
 .icm figure { margin: 0 0 10px; }
 .icm figcaption { font-size: .875rem; color: #1c1917; }
 .icm .scale { display: inline-block; width: 90px; height: 10px; border-radius: 3px; background: linear-gradient(90deg, #fff, #fb923c);
@@ -80,7 +83,7 @@ def heard(reading: Reading | None, request: Request) -> str:
     if reading.threshold is None:
         return _panel("Heard", said + f"<table class='bars'>{rows}</table><p class='muted'>Without a threshold every request is known.</p>")
     rows += _bar("familiarity", reading.familiarity, "familiarity", reading.threshold)
-    rows += f"<tr><th scope='row'>threshold</th><td>known from the mark on</td><td class='number'>{reading.threshold:.2f}</td></tr>"
+    rows += f"<tr><th scope='row'>threshold</th><td>where known begins</td><td class='number'>{reading.threshold:.2f}</td></tr>"
     return _panel("Heard", f"{said}<table class='bars'>{rows}</table>")
 
 
@@ -147,11 +150,10 @@ def looked_at(scenes: Sequence[Scene], wanted: int) -> str:
 def _figure(name: str, picture: Image.Image, found: Sequence[tuple[str, float, list[float]]]) -> str:
     width, height = picture.size
     told = ", ".join(f"{escape(label)} {score:.2f}" for label, score, _ in found) or "nothing"
-    unit = max(width, height) / 100
     boxes = "".join(
-        f"<rect x='{x1:.1f}' y='{y1:.1f}' width='{x2 - x1:.1f}' height='{y2 - y1:.1f}' fill='none' {stroke}/>"
+        f"<rect x='{x1:.1f}' y='{y1:.1f}' width='{x2 - x1:.1f}' height='{y2 - y1:.1f}' {stroke}/>"
         for _, _, (x1, y1, x2, y2) in found
-        for stroke in (f"stroke='#fff' stroke-width='{1.8 * unit}'", f"stroke='#c2410c' stroke-width='{unit}'")  # seen on every ground
+        for stroke in ("stroke='#fff' stroke-width='5'", "stroke='#c2410c' stroke-width='2.5'")  # seen on every ground
     )
     buffer = io.BytesIO()
     picture.save(buffer, "PNG" if width * height < 256**2 else "JPEG", quality=85)
