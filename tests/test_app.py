@@ -302,7 +302,13 @@ class TestSpace:
             "    found = service.look(model, scenes(service.hear(request)))\n"
             "    print(json.dumps([peft_icm.__file__, [label for one in found for label, *_ in one.adapted]]))\n"
         )
-        options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(tmp_path)}, "capture_output": True, "text": True, "timeout": 300}
+        options = {
+            "cwd": tmp_path,
+            "env": {**os.environ, "PYTHONPATH": str(tmp_path)},
+            "capture_output": True,
+            "text": True,
+            "timeout": 300,
+        }
         ran = subprocess.run([sys.executable, "-c", check + app], **options)
         assert ran.returncode == 0, ran.stderr[-2000:]
         file, labels = json.loads(ran.stdout.splitlines()[-1])

@@ -125,7 +125,13 @@ def build(service: Service) -> gr.Blocks:
                 heard = gr.HTML(label="What was heard")
                 side = gr.HTML("<div class='icm'><p>What is heard, and base and adapted model side by side, come here.</p></div>")
                 with gr.Column(visible=False) as take:
-                    code: dict[str, Any] = {"interactive": False, "wrap_lines": True, "show_line_numbers": False, "lines": 3}
+                    code: dict[str, Any] = {
+                        "interactive": False,
+                        "wrap_lines": True,
+                        "show_line_numbers": False,
+                        "lines": 3,
+                        "buttons": ["copy"],
+                    }
                     gr.Code(service.loading_lines(), language="python", label="Three lines that load it", **code)
                     pack = gr.Button("Pack the adapter as a zip")
                     packed = gr.File(label="The PEFT folder, zipped", interactive=False, visible=False)

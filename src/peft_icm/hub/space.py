@@ -26,15 +26,14 @@ def write_space(folder: Path, name: str | None, revision: str | None = None, sub
         revision (`str`, *optional*): Its commit.
         subfolder (`str`, defaults to `""`): Where in its repo.
     """
-    template = Template((cards_folder() / "space" / "app.py").read_text(encoding="utf-8"), keep_trailing_newline=True)
+    template = Template((cards_folder() / "space" / "app.py.jinja").read_text(encoding="utf-8"), keep_trailing_newline=True)
     where = {"name": repr(name or GENERATOR_FOLDER), "revision": repr(revision), "subfolder": repr(subfolder)}
     (folder / "app.py").write_text(template.render(where), encoding="utf-8")
     shutil.copyfile(cards_folder() / "space" / "requirements.txt", folder / "requirements.txt")
     own = folder / _PACKAGE.name
     for file in sorted(_PACKAGE.rglob("*.py")):
-        if "hub_cards" not in file.parts:
-            (own / file.relative_to(_PACKAGE)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, own / file.relative_to(_PACKAGE))
+        (own / file.relative_to(_PACKAGE)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, own / file.relative_to(_PACKAGE))
     shutil.copytree(BUNDLES / "detection" / "tasks", own / "bundled" / "detection" / "tasks")  # to be looked at
     shutil.copytree(cards_folder(), own / "hub_cards")
 
