@@ -6,6 +6,7 @@ python benchmarks/page.py                  # needs the extra `app`, and Debian's
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import os
 import shutil
@@ -17,7 +18,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from peft_icm import ICMGenerator, bundled_generator
 from peft_icm.app.page import serving_at
-from peft_icm.app.serving import Service
+from peft_icm.app.serving import Request, Service
 
 SENTENCES = {"text": "continue a Shakespeare play", "detection": "detect sofas"}
 OPENING = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n"
@@ -34,6 +35,20 @@ def first_result(page: Page, address: str) -> float:
     return time.perf_counter() - began
 
 
+def memory(service: Service, requests: int = 120) -> None:
+    """What the process holds after one answer and after many, in MB."""
+
+    def held() -> float:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    service.adapt(Request(SENTENCES["text"]))
+    before = held()
+    for seed in range(requests):
+        service.adapt(Request(SENTENCES["text"], seed=seed))
+    print(f"memory: {before:.0f} MB after one answer, {held():.0f} MB after {requests} more", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parents[1] / "docs", help="folder of the screenshots")
@@ -42,6 +57,8 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for task, sentence in SENTENCES.items():
             service = Service(ICMGenerator.from_pretrained(bundled_generator(task)))
+            if task == "text":
+                memory(service)
             with serving_at(service) as address:
                 asked: list[str] = []
                 for width, (wide, high) in WIDTHS.items():
