@@ -120,15 +120,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.state.requests.append((self.command, path))
         if self.in_trouble(path):
             return
-        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/revision/(.+)", path):
+        if match := re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)/revision/(.+)", path):
             self.info(*match.groups())
-        elif match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)", path):
+        elif match := re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)/tree/([^/]+)", path):
             self.tree(*match.groups())
-        elif match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)", path):
+        elif match := re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)", path):
             self.info(*match.groups(), "main")
-        elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif match := re.fullmatch(r"/(?:(datasets|spaces)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             kind, name, revision, file = match.groups()
-            self.resolve("datasets" if kind else "models", name, revision, file)
+            self.resolve(kind or "models", name, revision, file)
         else:
             self.fail(404, "EntryNotFound")
 
@@ -144,15 +144,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self.fail(401, "Unauthorized")
         if path == "/api/repos/create":
             return self.create(json.loads(body))
-        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/preupload/(.+)", path):
+        if match := re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)/preupload/(.+)", path):
             files = json.loads(body)["files"]
             modes = [{"path": f["path"], "uploadMode": self.mode(f["size"]), "shouldIgnore": False, "oid": None} for f in files]
             return self.answer({"files": modes})
-        if match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+        if match := re.fullmatch(r"/(?:datasets/|spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             return self.batch(json.loads(body))
-        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/branch/(.+)", path):
+        if match := re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)/branch/(.+)", path):
             return self.branch(*match.groups())
-        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/commit/(.+)", path):
+        if match := re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)/commit/(.+)", path):
             return self.commit(*match.groups(), body)
         return self.fail(404, "EntryNotFound")
 
@@ -172,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self, wanted: dict) -> None:
         kind = f"{wanted.get('type') or 'model'}s"
         name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
-        url = f"{self.state.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
+        url = f"{self.state.url}/{'' if kind == 'models' else f'{kind}/'}{name}"
         if (kind, name) in self.state.repos:
             return self.answer({"url": url, "error": "You already created this repo"}, 409)
         repo = self.state.repos[kind, name] = Repo(bool(wanted.get("private") or wanted.get("visibility") == "private"))

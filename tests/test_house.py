@@ -21,7 +21,7 @@ FLOORS = [
     {"training"},
     {"baselines"},
     {"evaluation"},
-    {"demo", "metrics", "cli_options"},
+    {"demo", "app", "metrics", "cli_options"},
     {"cli_verbs"},
     {"cli_tasks", "cli_data", "vllm_plugin"},
     {"cli"},

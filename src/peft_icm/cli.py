@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[
     "generate": (cli_verbs.generate, cli_options.generate_options),
     "adapt": (cli_tasks.adapt, cli_options.adapt_options),
     "evaluate": (cli_verbs.evaluate, cli_options.evaluate_options),
+    "app": (cli_verbs.app, cli_options.app_options),
     "push": (cli_verbs.push, cli_options.push_options),
 }
 

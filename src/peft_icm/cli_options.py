@@ -177,6 +177,15 @@ def adapt_options(p: argparse.ArgumentParser) -> None:
     _token(p)
 
 
+def app_options(p: argparse.ArgumentParser) -> None:
+    """Options of `peft-icm app`."""
+    p.add_argument("generator", help="Hub id or folder of a generator; bundled:text and bundled:detection are the bundled ones")
+    p.add_argument("--base-model", help="Hub id or folder of the base; by default the generator's own")
+    p.add_argument("--share", action="store_true", help="give the page a public address, through gradio's servers")
+    p.add_argument("--revision", help="revision of the generator's repo")
+    _token(p)
+
+
 def evaluate_options(p: argparse.ArgumentParser) -> None:
     """Options of `peft-icm evaluate`."""
     p.add_argument("generator", help="Hub id or folder of a generator; bundled:text and bundled:detection are the bundled ones")

@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -327,6 +329,18 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         report.plot(Path(args.output).with_suffix(".png"))
     say(args, report.table())
     return result
+
+
+def app(args: argparse.Namespace) -> dict[str, Any]:
+    """A page in the browser: a sentence, what is heard, base and adapted model side by side."""
+    if find_spec("gradio") is None:
+        raise OSError("The page needs gradio, which is not installed: pip install 'peft-icm[app]'.")
+    from .app.page import serve
+    from .app.serving import Service
+
+    generator = load_generator(args.generator, revision=args.revision, token=args.token)
+    serve(Service(generator, args.base_model, args.token), share=args.share, say=partial(print, file=sys.stderr, flush=True))
+    return {}
 
 
 def push(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..disk import inside, replacing_folder
 from ..hub.cards import generator_card
 from ..hub.files import BASE_FOLDER, REPORT, PushOptions, copy_base, published, push_folder, resolve
+from ..hub.space import GENERATOR_FOLDER, space_card, write_space
 from .configuration_icm import ICMConfig
 from .generation import LOADING, AdapterMixin, Source
 from .weights import check_weights, hash_weights, weight_files, weight_names
@@ -198,22 +199,7 @@ class SavedModel(AdapterMixin, PreTrainedModel):
         push["commit_message"] = push.get("commit_message") or "Upload ICMGenerator"
 
         def write(folder: Path) -> None:
-            self.save_pretrained(folder, with_base_model=with_base_model, max_shard_size=max_shard_size)
-            config = ICMConfig.from_pretrained(folder)
-            layout = dict(config.layout or {})
-            named = layout.get("base_model_name_or_path")
-            told = published(named)
-            if config.base_model_subfolder is None and (named is None or (told != named and "/" not in told)):
-                layout["base_model_name_or_path"] = None
-                warnings.warn(
-                    f"{repo_id} goes without its base model, {named or 'which it does not name'}: others pass base_model=, or push it"
-                    " with_base_model=True.",
-                    stacklevel=4,
-                )
-            else:
-                layout["base_model_name_or_path"] = told
-            config.layout, config.training, config.encoder = layout, published(config.training), published(config.encoder)
-            config.save_pretrained(folder)
+            self._write_published(folder, repo_id, with_base_model, max_shard_size)
             if report is not None:
                 (folder / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
@@ -223,6 +209,70 @@ class SavedModel(AdapterMixin, PreTrainedModel):
             card=lambda folder: generator_card(ICMConfig.from_pretrained(folder).to_dict(), repo_id=repo_id, folder=folder, report=report),
             source=None if self._source.on_hub or "name" not in self._source else Path(self._source["name"], self._source["subfolder"]),
             **push,
+        )
+
+    def _write_published(self, folder: Path, repo_id: str, with_base_model: bool, max_shard_size: int | str = "50GB") -> None:
+        """A saved generator that names nothing of this machine."""
+        self.save_pretrained(folder, with_base_model=with_base_model, max_shard_size=max_shard_size)
+        config = ICMConfig.from_pretrained(folder)
+        layout = dict(config.layout or {})
+        named = layout.get("base_model_name_or_path")
+        told = published(named)
+        if config.base_model_subfolder is None and (named is None or (told != named and "/" not in told)):
+            layout["base_model_name_or_path"] = None
+            warnings.warn(
+                f"{repo_id} goes without its base model, {named or 'which it does not name'}: others pass base_model=, or push it"
+                " with_base_model=True.",
+                stacklevel=5,
+            )
+        else:
+            layout["base_model_name_or_path"] = told
+        config.layout, config.training, config.encoder = layout, published(config.training), published(config.encoder)
+        config.save_pretrained(folder)
+
+    def push_space(
+        self,
+        repo_id: str,
+        *,
+        with_base_model: bool = False,
+        commit_message: str = "Upload the page of an ICMGenerator",
+        private: bool | None = True,
+        token: str | bool | None = None,
+    ) -> CommitInfo:
+        """Push the page of `peft-icm app` for this generator as a Space, with all that it runs.
+
+        A generator from the Hub is named there, with its commit; one of this machine goes along.
+
+        Args:
+            repo_id (`str`): `"org/name"`; created where it does not exist.
+            with_base_model (`bool`, defaults to `False`): Push a base model that is a local folder too: the page cannot do without.
+            commit_message (`str`, defaults to `"Upload the page of an ICMGenerator"`): Message of the commit.
+            private (`bool`, *optional*, defaults to `True`): Create a private Space.
+            token (`str` or `bool`, *optional*): Access token; by default the stored one.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: Of the one commit.
+
+        Raises:
+            `ValueError`: If the base model is a local folder that may not go along, or none is named; nothing is on the Hub then.
+        """
+        name = self._source["name"] if self._source.on_hub else None
+        if name is None and not with_base_model and os.path.isdir(self._own_base()[0]):
+            raise ValueError("The base model is a folder of this machine, which a Space cannot reach: push it with_base_model=True.")
+
+        def write(folder: Path) -> None:
+            write_space(folder, name, self._source.get("revision"), self._source.get("subfolder", "") if name else "")
+            if name is None:
+                self._write_published(folder / GENERATOR_FOLDER, repo_id, with_base_model)
+
+        return push_folder(
+            write,
+            repo_id,
+            card=lambda _: space_card(repo_id, name),
+            repo_type="space",
+            commit_message=commit_message,
+            private=private,
+            token=token,
         )
 
     @classmethod

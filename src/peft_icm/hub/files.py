@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypedDict
 
 import yaml
-from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, constants, snapshot_download
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, RepoCard, constants, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -135,7 +135,7 @@ def push_folder(
     write: Callable[[Path], Any],
     repo_id: str,
     *,
-    card: Callable[[Path], ModelCard],
+    card: Callable[[Path], RepoCard],
     source: str | os.PathLike[str] | None = None,
     repo_type: str = "model",
     commit_message: str | None = None,
@@ -154,9 +154,9 @@ def push_folder(
     Args:
         write (`Callable[[Path], Any]`): Writes the files into an empty folder.
         repo_id (`str`): `"org/name"`; created where it does not exist.
-        card (`Callable[[Path], ModelCard]`): Makes the card of the written folder.
+        card (`Callable[[Path], RepoCard]`): Makes the card of the written folder.
         source (`str` or `Path`, *optional*): The local folder that all this was loaded from, if any.
-        repo_type (`str`, defaults to `"model"`): `"model"` or `"dataset"`.
+        repo_type (`str`, defaults to `"model"`): `"model"`, `"dataset"`, or `"space"`, which is one of gradio.
         commit_message, commit_description, tags, private, token, revision, create_pr, overwrite_card: See [`PushOptions`].
 
     Returns:
@@ -180,7 +180,8 @@ def push_folder(
         (folder / CARD).write_text(marked(str(made)) if own is None else own, encoding="utf-8", newline="\n")
         _check_no_local_paths(folder, by_hand=own is not None)
         try:
-            repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+            sdk = "gradio" if repo_type == "space" else None
+            repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk).repo_id
             if revision and not create_pr:
                 api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
             if own is None and not overwrite_card and _edited_on_the_hub(api, repo_id, repo_type, revision):
