@@ -67,7 +67,7 @@ def build(service: Service) -> gr.Blocks:
             tuple(serving.pictures_of(shown)),
             strength,
             seed,
-            unknown,  # type: ignore[arg-type]
+            unknown,
         )
         own = serving.pictures_of(scene) if service.detects else []
         reading = service.hear(request)

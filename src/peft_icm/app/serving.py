@@ -25,11 +25,11 @@ from ..adapters.saving import CONFIG, push_adapter, save_adapter
 from ..bundled import BUNDLES
 from ..generator.modeling_icm import ICMGenerator
 from ..generator.reading import Reading
-from ..generator.requests import OnUnknown, check_request
 from ..hub.files import published
 from ..pictures import open_picture
 from ..tasks.detection import detect, load_detection_tasks
-from ..tasks.language_modeling import UNBOUNDED_WINDOW, context_size
+from ..tasks.likelihood import UNBOUNDED_WINDOW, context_size
+from ..unknown import OnUnknown, check_request
 
 MAX_SENTENCE = 500  # characters of a request
 MAX_TEXT = 2000  # characters of a text, from its end, that are gone on from
