@@ -67,7 +67,7 @@ def build(service: Service) -> gr.Blocks:
             tuple(serving.pictures_of(shown)),
             strength,
             seed,
-            unknown,
+            unknown,  # type: ignore[arg-type]
         )
         own = serving.pictures_of(scene) if service.detects else []
         reading = service.hear(request)
