@@ -96,6 +96,12 @@ class TestAnnotatedImage:
 
 
 class TestCoco:
+    def test_a_picture_has_one_entry(self, coco):
+        document, save = coco
+        document["images"].append({**document["images"][0], "id": 99})
+        with pytest.raises(ValueError, match="two images with the file_name '.*': give each picture one entry"):
+            load_coco(*save())
+
     def test_boxes_are_xyxy_and_crowds_are_left_out(self, coco):
         first, second = load_coco(*coco[1]())
         assert first.boxes == [[10, 5.5, 30, 15.5], [70, 30, 80, 40]] and first.labels == ["couch", "dog"]

@@ -1,6 +1,7 @@
 """Detection data as people have it - COCO, YOLO, Roboflow's JSON lines, data sets of the Hub - and the folder of tasks that it becomes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,7 @@ from peft_icm.data_import import import_detection
 from peft_icm.tasks import load_tasks
 from peft_icm.tasks.annotated_images import AnnotatedImage
 from peft_icm.tasks.splits import divide
+from peft_icm.tasks.yolo import load_yolo
 
 SIZE = (80, 40)
 BOXES = {"a": [[8, 4, 40, 24]], "b": [[8, 4, 40, 24], [40, 0, 80, 40]], "c": []}  # of each picture: a sofa, then a stop sign
@@ -108,7 +110,6 @@ class TestYolo:
             ("nan 0.5 0.5 0.1 0.1", "the class nan is none of names"),
             ("0 40 20 8 8", "must hold shares of the picture's width and height, between 0 and 1, not pixels"),
             ("0 0.5 0.5 nan 0.1", "between 0 and 1"),
-            ("0 0.9 0.5 0.4 0.1", "is empty or outside its image of 80 x 40 pixels"),
             ("0 0.5 0.5 0 0", "is empty or outside its image"),
             ("sofa 0.5 0.5 0.1 0.1", "'sofa 0.5 0.5 0.1 0.1' must be numbers: class x y width height, or class x1 y1"),
             ("0 0.5 0.5 0.1", "has 4 numbers; it must be class x y width height"),
@@ -120,6 +121,17 @@ class TestYolo:
         (yolo / "labels" / "val" / "b.txt").write_text(f"0 0.5 0.5 0.1 0.1\n\n{line}\n")
         said = refused(tmp_path, capsys, yolo, "yolo")
         assert f"{yolo}/labels/val/b.txt, line 3: " in said and reason in said
+
+    def test_boxes_over_the_edge_are_clipped_and_links_followed(self, yolo, tmp_path):
+        """As ultralytics does; shares are rounded, to above 1 too."""
+        (yolo / "labels" / "val" / "b.txt").write_text("0 0.9 0.5 0.4 0.5\n0 0.1 0.1 1.0000001 0.1 0.6 0.9\n")
+        (tmp_path / "elsewhere").mkdir()
+        shutil.copy(yolo / "images" / "val" / "b.jpg", tmp_path / "elsewhere" / "linked.jpg")
+        (yolo / "images" / "val" / "more").symlink_to(tmp_path / "elsewhere")
+        found = {Path(image.image).name: image.boxes for image in load_yolo(yolo).test}
+        assert [[round(value, 3) for value in box] for box in found["b.jpg"]] == [[56, 10, 80, 30], [8, 4, 80, 36]] and found[
+            "linked.jpg"
+        ] == []
 
     @pytest.mark.parametrize(
         ("text", "reason"),

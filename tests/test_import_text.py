@@ -61,7 +61,7 @@ class TestTasks:
     def test_what_is_held_out_already_stays_so(self, tmp_path):
         for name, count in (("a", 25), ("b.train", 21), ("v1.5", 4)):
             write(tmp_path / f"{name}.jsonl", rows(count))
-        write(tmp_path / "a.test.jsonl", rows(3))
+        write(tmp_path / "a.test.jsonl", rows(28)[25:])
         (tmp_path / "b.test.csv").write_text("prompt,completion\nwhat,that\n")
         tasks = self.make(tmp_path, tmp_path / "out")
         assert {name: (len(task.train_texts), len(task.test_texts)) for name, task in tasks.items()} == {
@@ -79,7 +79,18 @@ class TestTasks:
         write(tmp_path / "a.jsonl", rows(20))
         assert run("tasks", tmp_path / "a.jsonl", "--from", "jsonl", "-o", tmp_path / "out", "--json") == 0
         facts = {"name": "a", "descriptions": ["a"], "train": 16, "test": 4}
-        assert json.loads(capsys.readouterr().out) == {"folder": str(tmp_path / "out"), "unit": "records", "tasks": [facts]}
+        expected = {"folder": str(tmp_path / "out"), "unit": "records", "tasks": [facts], "warnings": []}
+        assert json.loads(capsys.readouterr().out) == expected
+
+    def test_what_comes_twice_is_in_one_split(self, tmp_path):
+        write(tmp_path / "a.jsonl", rows(5) * 4)
+        task = self.make(tmp_path / "a.jsonl", tmp_path / "out")["a"]
+        assert (len(task.train_texts), len(task.test_texts)) == (16, 4) and not set(task.train_texts) & set(task.test_texts)
+
+    def test_tasks_of_one_sentence_are_told(self, tmp_path, capsys):
+        write(tmp_path / "all.jsonl", rows(20, task="a", description="add one") + rows(20, task="b", description="add one"))
+        self.make(tmp_path / "all.jsonl", tmp_path / "out")
+        assert "warning: several tasks are asked for with 'add one'." in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("files", "more", "message"),
@@ -90,7 +101,10 @@ class TestTasks:
             ({"a.jsonl": '{"prompt": "a", "completion": ""}\n'}, (), "line 1: the completion is empty: leave the record out, or fill it"),
             ({"a.jsonl": '{"text": "a", "label": 1}\n'}, (), "unknown column 'label': allowed are text, or prompt and"),
             ({"a.jsonl": '{"text": "a", "task": 7}\n'}, (), "line 1: the task must be a string; found 7"),
-            ({"a.jsonl": '{"text": "a", "task": "../x"}\n'}, (), "The task name '../x' must be a plain file name"),
+            ({"a.jsonl": '{"text": "a", "task": "../x"}\n'}, (), "a.jsonl: The task name '../x' must be a plain file name"),
+            ({"a.jsonl": '{"text": "a"}\n' * 3}, (), "Task 'a' has one example"),
+            ({"a.csv": "text\na\nb\n", "a.test.csv": "text\nb\n"}, (), "'a' has 1 examples to train on and held out, the first is 'b'"),
+            ({"a.csv": "text\na\nb\n", "A.csv": "text\na\nb\n"}, (), "has tasks whose names differ in capitals alone: A, a"),
             ({"a.jsonl": '{"text": "a"}\n'}, (), "Task 'a' has one example: two at least are needed"),
             ({"a.test.jsonl": '{"text": "a"}\n'}, (), "Task 'a' has examples that are held out and none to train on: give a.jsonl too"),
             ({"a.csv": "text\na\n", "a.jsonl": '{"text": "a"}\n'}, (), "has examples of task 'a' to train, and so has another file"),
@@ -159,6 +173,8 @@ def test_three_commands_of_the_data_page_beat_the_base(tmp_path, monkeypatch):
         assert adapted < nats() - 0.5
 
 
+UNSLOTH = "# cats\n\nThis llama model was trained 2x faster with [Unsloth](https://x) and Huggingface's TRL library.\n"
+AXOLOTL = '[<img src="https://x/badge.png" alt="Built with Axolotl" width="200"/>](https://x)\n'
 TRL = """# Model Card for outputs
 
 This model is a fine-tuned version of [org/base](https://huggingface.co/org/base).
@@ -222,7 +238,13 @@ class TestGather:
         assert out["descriptions"] == {"cats": ["Writes about cats, as poets do"], "dogs": ["bark"]}
         assert AdapterCollection.from_pretrained(loras / "out").metadata["made_from"] == ["org/cats", str(loras / "dogs")]
 
-    @pytest.mark.parametrize("card", [None, "peft", TRL], ids=["none", "peft", "trl"])
+    @pytest.mark.parametrize("card", [b"---\na: [\n---\nWrites poems.", b"---\n- a\n---\nWrites poems.", b"caf\xe9"])
+    def test_a_card_that_cannot_be_read(self, loras, capsys, card):
+        (loras / "cats" / "README.md").write_bytes(card)
+        assert run("gather", loras / "cats", "-o", loras / "out") == 2
+        assert f"{loras / 'cats' / 'README.md'} cannot be read (" in capsys.readouterr().err and not (loras / "out").exists()
+
+    @pytest.mark.parametrize("card", [None, "peft", TRL, UNSLOTH, AXOLOTL], ids=["none", "peft", "trl", "unsloth", "axolotl"])
     def test_a_card_that_tells_nothing(self, loras, capsys, card):
         text = str(ModelCard.from_template(ModelCardData(base_model="org/base"))) if card == "peft" else card
         for name in ("cats", "dogs"):

@@ -112,6 +112,7 @@ class TestFiles:
         [
             ("a.csv", b"prompt,completion\na,b\nc,d,e\n", "line 3: more fields than the 2 of the first line"),
             ("a.csv", b"prompt,completion\na,b\nc\n", "line 3: found prompt: a record has"),
+            ("a.csv", b"prompt,completion,completion\na,b,c\n", "line 1: the column 'completion' comes twice"),
             ("a.csv", b'text\n"a\n', "no CSV"),
             ("a.jsonl", "ä".encode("latin-1"), "is no text in UTF-8"),
             ("a.parquet", b"PAR1", "is no Parquet file that can be read"),
@@ -122,6 +123,11 @@ class TestFiles:
         with pytest.raises(ValueError) as raised:
             read_examples(tmp_path / name)
         assert str(tmp_path / name) in str(raised.value) and message in str(raised.value)
+
+    def test_what_parquet_fills_in_is_nothing(self, tmp_path):
+        talk = [{**message, "name": None} for message in TALK]
+        Dataset.from_list([{"messages": talk}]).to_parquet(tmp_path / "a.parquet")
+        assert read_examples(tmp_path / "a.parquet")[0][0] == Conversation(TALK)
 
     def test_tasks_name_them(self, tmp_path):
         write_examples(tmp_path / "a.jsonl", COMPLETIONS)
@@ -285,6 +291,10 @@ class TestAnswered:
         prompt = ids("<system>be brief\n<user>hi\n<assistant>hello</s>\n<user>and?\n<assistant>")
         model_of_more = llama(vocab_size=VOCABULARY, max_position_embeddings=256).eval()
         assert answers(model_of_more, reader(), [CONVERSATIONS[1]], max_new_tokens=3) == [self.greedy(model_of_more, prompt, 3)]
+
+    def test_one_long_answer_leaves_the_other_prompts_whole(self, model):
+        found = answers(model, tokenizer(), [*COMPLETIONS, Completion("a", TEXTS[0][:300])], batch_size=2)
+        assert found[0].startswith(self.greedy(model, [0, *ids(COMPLETIONS[0].prompt)], 3))
 
     def test_a_prompt_longer_than_the_model_reads_loses_its_beginning(self, model):
         prompt = TEXTS[0][:200]

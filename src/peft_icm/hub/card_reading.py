@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard
 
 CARD = "README.md"
 MAX_CARD = 20_000  # characters that are looked at
 _NO_PROSE = re.compile(r"<!--.*?-->|```.*?```", re.DOTALL)
 _HEADING = re.compile(r"^#+ *(.*)$", re.MULTILINE)
-_LINE_OF_NO_SENTENCE = re.compile(r"\s*(?:[-*+|>!]|</?\w|\[!\[|\d+\. )")
+_LINE_OF_NO_SENTENCE = re.compile(r"\s*(?:[-*+|>!]|</?\w|\[(?:!\[|<)|\d+\. )")
 _LINK = re.compile(r"!?\[([^\]\n]*)\]\([^)\n]*\)")
 # What libraries write into the cards of all their models.
-_SAYS_NOTHING = re.compile(r"more information needed|fine-tuned version of|has been trained using|generated automatically", re.IGNORECASE)
+_SAYS_NOTHING = re.compile(
+    r"more information needed|fine-tuned version of|has been trained using|trained \S+ faster with|generated automatically", re.IGNORECASE
+)
 
 
 def description_of(folder: Path) -> str | None:
@@ -28,10 +31,16 @@ def description_of(folder: Path) -> str | None:
 
     Returns:
         `str` or `None`: None where there is no card, or it does not say.
+
+    Raises:
+        `ValueError`: If the card cannot be read.
     """
     if not (folder / CARD).is_file():
         return None
-    card = ModelCard.load(folder / CARD, ignore_metadata_errors=True)
+    try:
+        card = ModelCard.load(folder / CARD, ignore_metadata_errors=True)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{folder / CARD} cannot be read ({' '.join(str(error).split())}): give a description yourself.") from error
     own = card.data.get("icm")
     if isinstance(own, dict) and isinstance(own.get("text"), str) and own["text"].strip():
         return own["text"].strip()

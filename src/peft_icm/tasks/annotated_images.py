@@ -111,9 +111,9 @@ def load_coco(annotations: str | os.PathLike[str], images: str | os.PathLike[str
         `list[AnnotatedImage]`: In the order of the file.
 
     Raises:
-        `ValueError`: If the file is no COCO instances JSON, two entries have one id, images are missing, outside the folder or, as they are
-            shown, of another size than the file says, an annotation names an unknown image or category, or a box is empty or more than a
-            pixel outside its image.
+        `ValueError`: If the file is no COCO instances JSON, two entries have one id or picture, images are missing, outside the folder or,
+            as they are shown, of another size than the file says, an annotation names an unknown image or category, or a box is empty or
+            more than a pixel outside its image.
     """
     refusal = f"{annotations} is no COCO instances file"
     document = read_json(annotations, f'{refusal}, {{"images": [...], "annotations": [...], "categories": [...]}}')
@@ -123,6 +123,9 @@ def load_coco(annotations: str | os.PathLike[str], images: str | os.PathLike[str
         files = {row["id"]: inside(images, row["file_name"]) for row in rows["images"]}
     except ValueError as error:
         raise ValueError(f"{annotations}: each file_name must be that of a file inside {images} ({error})") from error
+    if len(set(files.values())) < len(files):
+        twice = next(row["file_name"] for row in rows["images"] if list(files.values()).count(files[row["id"]]) > 1)
+        raise ValueError(f"{annotations} has two images with the file_name {twice!r}: give each picture one entry, with all its boxes.")
     if missing := [row["file_name"] for row in rows["images"] if not files[row["id"]].is_file()]:
         raise ValueError(f"{len(missing)} of the {len(files)} images of {annotations} are not in {images}, the first is {missing[0]}.")
     sizes = {}

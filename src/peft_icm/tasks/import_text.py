@@ -38,11 +38,11 @@ def text_tasks(source: Path, output: Path, *, descriptions: Mapping[str, list[st
         seed (`int`): Of the draw.
 
     Returns:
-        `dict`: `{"unit", "tasks": [{"name", "descriptions", "train", "test"}]}`, the last two as numbers.
+        `dict`: `{"unit", "tasks": [{"name", "descriptions", "train", "test"}], "warnings"}`, train and test as numbers.
 
     Raises:
         `ValueError`: If there is no such file, a file is not as it should be, a task's name is no file name, it has one format to train on
-            and another held out, or fewer than two examples, or `descriptions` names another task.
+            and another held out, fewer than two different examples, or an example in both splits, or `descriptions` names another task.
     """
     found: dict[str, _Found] = {}
     for file in _files(source):
@@ -50,7 +50,10 @@ def text_tasks(source: Path, output: Path, *, descriptions: Mapping[str, list[st
         name, split = (stem, split) if stem and split in SPLITS else (file.stem, "train")
         here: dict[str, list[Record]] = {}
         for record, beside in read_examples(file, also=("task", "description")):
-            task = safe_name(beside.get("task", name), "task")
+            try:
+                task = safe_name(beside.get("task", name), "task")
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from error
             here.setdefault(task, []).append(record)
             known = found.setdefault(task, _Found()).descriptions
             sentence = beside.get("description")
@@ -59,9 +62,12 @@ def text_tasks(source: Path, output: Path, *, descriptions: Mapping[str, list[st
             if split in found[task].splits:
                 raise ValueError(f"{file} has examples of task {task!r} to {split}, and so has another file: put them into one.")
             found[task].splits[split] = records
+    if len({task.casefold() for task in found}) < len(found):
+        raise ValueError(f"{source} has tasks whose names differ in capitals alone: {', '.join(sorted(found, key=str.casefold))}.")
     if strangers := descriptions.keys() - found.keys():
         raise ValueError(f"A description is of {min(strangers)!r}, which is no task: the tasks are {', '.join(found)}.")
-    entries, facts = [], []
+    entries: list[dict[str, Any]] = []
+    facts: list[dict[str, Any]] = []
     for task, about in found.items():
         train, test = _split(task, about.splits, test_share, random.Random(f"{seed} {task}"))
         said = descriptions.get(task) or about.descriptions or [" ".join(task.replace("_", " ").replace("-", " ").split())]
@@ -71,14 +77,16 @@ def text_tasks(source: Path, output: Path, *, descriptions: Mapping[str, list[st
         entries.append({"name": task, "descriptions": said, **names})
         facts.append({"name": task, "descriptions": said, "train": len(train), "test": len(test)})
     (output / "tasks.json").write_text(json.dumps({"tasks": entries}, indent=1, ensure_ascii=False), encoding="utf-8")
-    return {"unit": "records", "tasks": facts}
+    sentences = [entry["descriptions"][0] for entry in entries]
+    shared = [sentence for sentence in dict.fromkeys(sentences) if sentences.count(sentence) > 1]
+    return {"unit": "records", "tasks": facts, "warnings": [f"several tasks are asked for with {sentence!r}." for sentence in shared]}
 
 
 def _files(source: Path) -> list[Path]:
     """The files of examples."""
     if source.is_file() and source.suffix.lower() in SUFFIXES:
         return [source]
-    found = sorted(file for file in source.iterdir() if file.suffix.lower() in SUFFIXES) if source.is_dir() else []
+    found = sorted(file for file in source.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()) if source.is_dir() else []
     if not found:
         raise ValueError(f"{source} is neither a file of examples nor a folder of them: {', '.join(SUFFIXES)}.")
     return found
@@ -90,11 +98,14 @@ def _split(task: str, splits: dict[str, list[Record]], test_share: float, draw: 
         raise ValueError(f"Task {task!r} has examples that are held out and none to train on: give {task}.jsonl too.")
     train, test = splits["train"], splits.get("test")
     if test is None:
-        if len(train) < 2:
+        different = list(dict.fromkeys(map(str, train)))  # what comes twice is in one split
+        if len(different) < 2:
             raise ValueError(f"Task {task!r} has one example: two at least are needed, one to train on and one that is held out.")
-        count = min(len(train) - 1, max(1, round(test_share * len(train))))
-        held_out = set(draw.sample(range(len(train)), count))
-        train, test = ([one for place, one in enumerate(train) if (place in held_out) == out] for out in (False, True))
+        held_out = set(draw.sample(different, min(len(different) - 1, max(1, round(test_share * len(different))))))
+        train, test = ([one for one in train if (str(one) in held_out) == out] for out in (False, True))
+    known = set(map(str, train))
+    if both := [one for one in map(str, test) if one in known]:
+        raise ValueError(f"Task {task!r} has {len(both)} examples to train on and held out, the first is {both[0]!r:.80}: take them out.")
     if type(train[0]) is not type(test[0]):
         raise ValueError(f"Task {task!r} has one format to train on, and another held out: {train[0]!s:.40} and {test[0]!s:.40}.")
     return train, test

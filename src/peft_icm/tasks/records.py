@@ -230,8 +230,15 @@ def _record(form: str, given: Mapping[str, Any]) -> Record:
         case "text":
             return _words(given["text"], "the text")
         case "messages":
-            return Conversation(given["messages"])
+            return Conversation(_without_none(given["messages"]))
     return Completion(**given)
+
+
+def _without_none(messages: Any) -> Any:
+    """Parquet fills the fields that a message lacks."""
+    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+        return messages
+    return [{name: value for name, value in one.items() if value is not None} for one in messages]
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[Any, Any]]]:
@@ -269,6 +276,9 @@ def _json_rows(file: Path, lines: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
 def _csv_rows(file: Path, lines: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
     reader = csv.DictReader(lines, strict=True)
     try:
+        names = list(reader.fieldnames or ())
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{file}, line 1: the column {twice[0]!r:.80} comes twice: leave one of them out.")
         for row in reader:
             if None in row:
                 raise ValueError(f"{file}, line {reader.line_num}: more fields than the {len(reader.fieldnames or ())} of the first line.")

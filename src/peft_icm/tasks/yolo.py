@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from .annotated_images import AnnotatedImage, clipped_corners
 from .splits import HELD_OUT, DetectionData, chosen_splits
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+ROUNDED = 1.01  # as ultralytics has it: shares are rounded, and what is above 1 is 1
 _FORM = "class x y width height, or class x1 y1 x2 y2 x3 y3 ... of a polygon"
 
 
@@ -95,7 +97,8 @@ def _pictures(root: Path, name: Any, field: str) -> Iterator[Path]:
     if not path.exists() and str(name).startswith("../"):  # Roboflow writes such names, and ultralytics reads them so
         path = root / str(name)[3:]
     if path.is_dir():
-        yield from (file for file in sorted(path.rglob("*")) if file.suffix.lower() in PICTURES)
+        found = sorted(glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True))  # which follows links, as ultralytics does
+        yield from (file for file in map(Path, found) if file.suffix.lower() in PICTURES)
     elif path.suffix == ".txt" and path.is_file():
         for number, line in _lines(path):
             if not (picture := path.parent / line).is_file():
@@ -132,7 +135,7 @@ def _read_picture(picture: Path, names: dict[int, str]) -> AnnotatedImage:
             raise ValueError(f"{where}: {line!r:.80} has {len(values) + 1} numbers; it must be {_FORM}.")
         if kind not in names:
             raise ValueError(f"{where}: the class {line.split()[0]} is none of names, {min(names)} to {max(names)}.")
-        if not all(0 <= value <= 1 for value in values):
+        if not all(0 <= value <= ROUNDED for value in values):
             raise ValueError(f"{where}: {line!r:.80} must hold shares of the picture's width and height, between 0 and 1, not pixels.")
         boxes.append(clipped_corners(_pixels(values, size), size, where))
         labels.append(names[int(kind)])
@@ -140,11 +143,10 @@ def _read_picture(picture: Path, names: dict[int, str]) -> AnnotatedImage:
 
 
 def _pixels(values: list[float], size: tuple[int, int]) -> list[float]:
-    """x, y, width, height from the left upper corner, of a box by its middle or of the bounds of a polygon."""
-    (x, y, width, height), (across, down) = values[:4], size
+    """x, y, width, height from the left upper corner, of a box by its middle or of a polygon's bounds, as far as it lies in the picture."""
     if len(values) > 4:
         (x, y), (right, bottom) = ((pick(values[::2]), pick(values[1::2])) for pick in (min, max))
-        width, height = right - x, bottom - y
     else:
-        x, y = x - width / 2, y - height / 2
-    return [x * across, y * down, width * across, height * down]
+        (x, right), (y, bottom) = ((middle - side / 2, middle + side / 2) for middle, side in zip(values[:2], values[2:], strict=True))
+    x, y, right, bottom = (min(max(value, 0.0), 1.0) for value in (x, y, right, bottom))
+    return [x * size[0], y * size[1], (right - x) * size[0], (bottom - y) * size[1]]
