@@ -315,6 +315,14 @@ class TestHub:
         written = tmp_path / "tasks" / "images" / "test" / "000001"
         assert written.read_bytes() == (tmp_path / "pictures" / "b.jpg").read_bytes()
 
+    def test_texts(self, tmp_path):
+        (tmp_path / "sums").mkdir()
+        for split, numbers in (("train", range(20)), ("validation", range(20, 25))):
+            rows = [{"id": number, "prompt": f"{number} + 1 =", "completion": f" {number + 1}"} for number in numbers]
+            datasets.Dataset.from_list(rows).to_parquet(tmp_path / "sums" / f"{split}.parquet")
+        (task,) = imported(tmp_path, tmp_path / "sums", "hub")
+        assert (task.name, len(task.train_texts), str(task.test_texts[0])) == ("sums", 20, "20 + 1 = 21")
+
     def test_pictures_that_are_files_stay_where_they_are(self, rows, tmp_path):
         for split in ("train", "test"):
             names = [{"file_name": f"{name}.jpg"} for name in BOXES]
@@ -337,7 +345,14 @@ class TestHub:
         said = refused(tmp_path, capsys, tmp_path / "data", "hub")
         assert f"{tmp_path}/data, train: image 1: the box" in said and "outside its image" in said
         datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "data" / "train.parquet")
+        assert "Task 'data' has one example" in refused(tmp_path, capsys, tmp_path / "data", "hub")
+        datasets.Dataset.from_dict({"label": ["a"]}).to_parquet(tmp_path / "data" / "train.parquet")
+        said = refused(tmp_path, capsys, tmp_path / "data", "hub")
+        assert "data has the columns label: image and objects are needed, or text, or prompt and completion, or messages" in said
+        datasets.Dataset.from_dict({"image": ["a"]}).to_parquet(tmp_path / "data" / "train.parquet")
         assert "needs the columns image and objects" in refused(tmp_path, capsys, tmp_path / "data", "hub")
+        datasets.Dataset.from_dict({"prompt": ["a", "b"], "completion": ["a", ""]}).to_parquet(tmp_path / "data" / "train.parquet")
+        assert f"{tmp_path}/data, train.parquet, row 2: the completion is empty" in refused(tmp_path, capsys, tmp_path / "data", "hub")
         (tmp_path / "data" / "data.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')")
         assert "is no data set that can be loaded (Dataset scripts are no longer supported" in refused(
             tmp_path, capsys, tmp_path / "data", "hub"

@@ -28,13 +28,13 @@ SOURCES = {
 
 def tasks_options(p: argparse.ArgumentParser) -> None:
     """Options of `peft-icm tasks`."""
-    p.add_argument("source", help="folder or file of examples; for hub a data set's id too")
+    p.add_argument("source", help="folder or file of examples; for hub a data set's id or folder")
     p.add_argument(
         "--from",
         dest="form",
         choices=SOURCES,
         required=True,
-        help="jsonl: texts (.jsonl, .csv, .parquet); annotated pictures: coco, yolo (data.yaml), roboflow (.jsonl for Florence-2), hub",
+        help="jsonl: texts (.jsonl, .csv, .parquet); coco, yolo (data.yaml), roboflow (.jsonl for Florence-2): pictures; hub: either",
     )
     p.add_argument("-o", "--output", "--output-dir", required=True, help="folder of the tasks")
     _description_option(p)

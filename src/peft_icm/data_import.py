@@ -1,4 +1,4 @@
-"""Detection data that people have, made a folder of tasks: one task a class, its name, its sentences, and what is to be known of it."""
+"""Data that people have, made a folder of tasks: of annotated pictures one task a class, with its sentences; data sets of the Hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from .disk import safe_name
 from .tasks.annotated_images import AnnotatedImage
 from .tasks.detection_files import load_coco_folder, load_florence_jsonl, load_hub_dataset
 from .tasks.florence_answers import is_answerable
-from .tasks.splits import DetectionData, divide
+from .tasks.import_text import text_tasks_of
+from .tasks.splits import DetectionData, divide, load_splits
 from .tasks.yolo import load_yolo
 
 UNSEEN = 4  # sentences of each task that are kept for evaluation
@@ -81,7 +82,23 @@ def import_detection(
     return {"unit": "pictures", "tasks": said, "warnings": warnings}
 
 
-coco_tasks, yolo_tasks, roboflow_tasks, hub_tasks = (partial(import_detection, form) for form in ("coco", "yolo", "roboflow", "hub"))
+coco_tasks, yolo_tasks, roboflow_tasks = (partial(import_detection, form) for form in READERS)
+
+
+def hub_tasks(source: Path, output: Path, **options: Any) -> dict[str, Any]:
+    """Write a folder of tasks from a data set of the Hub: of detection where it has pictures, else of language.
+
+    Args:
+        source (`Path`): Its id or folder.
+        output, **options: See [`import_detection`] and [`text_tasks`].
+
+    Raises:
+        `ValueError`: If it cannot be loaded, or is of neither kind.
+    """
+    splits = load_splits(source)
+    if any({"image", "objects"} & set(rows.column_names) for rows in splits.values()):
+        return import_detection("hub", source, output, **options)  # it is loaded again, from the cache
+    return text_tasks_of(splits, source, output, **options)
 
 
 def _splits(data: DetectionData, source: Any, share: float, seed: int) -> tuple[list[AnnotatedImage], list[AnnotatedImage]]:

@@ -14,7 +14,7 @@ from ..pictures import picture_size
 from .annotated_images import AnnotatedImage, category_of, from_dataset, load_coco
 from .fields import read_json
 from .florence_answers import read_answer
-from .splits import DetectionData, chosen_splits, split_files
+from .splits import DetectionData, load_splits, split_files
 
 
 def load_coco_folder(source: str | os.PathLike[str]) -> DetectionData:
@@ -115,16 +115,12 @@ def load_hub_dataset(source: str | os.PathLike[str], folder: Path) -> DetectionD
     Raises:
         `ValueError`: If it cannot be loaded, names a file that is not of its folder or of the Hub's cache, or [`from_dataset`] refuses it.
     """
-    import datasets
+    from datasets.config import HF_DATASETS_CACHE
 
-    try:
-        found = datasets.load_dataset(str(source))
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{source} is no data set that can be loaded ({' '.join(str(error).split())}).") from error
-    roots = [Path(root).resolve() for root in (source, folder, datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)]
+    roots = [Path(root).resolve() for root in (source, folder, HF_DATASETS_CACHE, HF_HUB_CACHE)]
     read: dict[str, list[AnnotatedImage]] = {"test": []}
     classes: dict[str, None] = {}
-    for split, rows in chosen_splits(found, source).items():
+    for split, rows in load_splits(source).items():
         try:
             read[split] = from_dataset(rows, folder / split)
         except ValueError as error:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..disk import safe_name
-from .records import SUFFIXES, Record, read_examples, write_examples
+from .records import FORMATS, SUFFIXES, Record, read_examples, write_examples
 
 SPLITS = ("train", "test")
+BESIDE = ("task", "description")  # columns beside those of a record
 
 
 @dataclass
@@ -49,7 +51,7 @@ def text_tasks(source: Path, output: Path, *, descriptions: Mapping[str, list[st
         stem, _, split = file.stem.rpartition(".")
         name, split = (stem, split) if stem and split in SPLITS else (file.stem, "train")
         here: dict[str, list[Record]] = {}
-        for record, beside in read_examples(file, also=("task", "description")):
+        for record, beside in read_examples(file, also=BESIDE):
             try:
                 task = safe_name(beside.get("task", name), "task")
             except ValueError as error:
@@ -80,6 +82,34 @@ def text_tasks(source: Path, output: Path, *, descriptions: Mapping[str, list[st
     sentences = [entry["descriptions"][0] for entry in entries]
     shared = [sentence for sentence in dict.fromkeys(sentences) if sentences.count(sentence) > 1]
     return {"unit": "records", "tasks": facts, "warnings": [f"several tasks are asked for with {sentence!r}." for sentence in shared]}
+
+
+def text_tasks_of(
+    splits: Mapping[str, Any], source: Path, output: Path, *, descriptions: Mapping[str, list[str]], test_share: float, seed: int
+) -> dict[str, Any]:
+    """The same of a data set with the columns of one of trl's formats: one task of its name, or by its column `task`.
+
+    Args:
+        splits (`Mapping[str, datasets.Dataset]`): `"train"`, and `"test"` where there is one; other columns are left out.
+        source (`Path`): Its id or folder.
+        output, descriptions, test_share, seed: See [`text_tasks`].
+
+    Raises:
+        `ValueError`: If it has none of these formats, or [`text_tasks`] refuses it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for split, rows in splits.items():
+            form = next((names for names in reversed(FORMATS.values()) if set(names) <= set(rows.column_names)), None)
+            if form is None:
+                raise ValueError(
+                    f"{source} has the columns {', '.join(rows.column_names)}: image and objects are needed, or {', or '.join(FORMATS)}."
+                )
+            columns = [*form, *(name for name in BESIDE if name in rows.column_names)]
+            rows.select_columns(columns).to_parquet(Path(folder, f"{source.name}.{split}.parquet"))
+        try:
+            return text_tasks(Path(folder), output, descriptions=descriptions, test_share=test_share, seed=seed)
+        except ValueError as error:
+            raise ValueError(str(error).replace(f"{folder}/{source.name}.", f"{source}, ")) from error
 
 
 def _files(source: Path) -> list[Path]:

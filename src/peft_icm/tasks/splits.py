@@ -1,4 +1,4 @@
-"""Data that is annotated for detection, in the splits it comes with or divided anew."""
+"""Data in the splits that it comes with, or divided anew."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .annotated_images import AnnotatedImage
 
@@ -60,6 +60,27 @@ def chosen_splits(found: Mapping[str, Found], source: str | os.PathLike[str]) ->
         raise ValueError(f"{source} has the splits {', '.join(found) or '(none)'}: it needs train, and one of {', '.join(HELD_OUT)}.")
     held = next((found[name] for name in HELD_OUT if name in found), None)
     return {"train": found["train"]} if held is None else {"train": found["train"], "test": held}
+
+
+def load_splits(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """Load a data set; no code of it is run.
+
+    Args:
+        source (`str` or `Path`): What `datasets.load_dataset` takes: an id of the Hub, or a folder.
+
+    Returns:
+        `dict[str, datasets.Dataset]`: `"train"` and `"test"` as in [`chosen_splits`].
+
+    Raises:
+        `ValueError`: If it cannot be loaded, or it is not clear which split is trained on.
+    """
+    import datasets
+
+    try:
+        found = datasets.load_dataset(str(source))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{source} is no data set that can be loaded ({' '.join(str(error).split())}).") from error
+    return chosen_splits(found, source)
 
 
 def split_files(source: Path, *patterns: str) -> dict[str, Path]:
