@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ VARIANTS = {**{space: (space, None) for space in SPACES}, "lda, one sentence a t
 
 
 def ablation(build: Path, evaluate: Callable[[Path], RequestsReport]) -> Table:
-    """Train a generator for each of `VARIANTS` into `BUILD/ablation/`, and evaluate it.
+    """Train a generator for each of `VARIANTS` into `BUILD/ablation/N/`, and evaluate it; what `BUILD/ablation/N.json` has is done already.
 
     Args:
         build (`Path`): With `collection/` and `encoder/`.
@@ -35,6 +36,10 @@ def ablation(build: Path, evaluate: Callable[[Path], RequestsReport]) -> Table:
             num_components=GENERATOR_COMPONENTS, latent_size=GENERATOR_LATENT, kl_weight=GENERATOR_KL_WEIGHT, condition_space=space
         )
         folder = build / "ablation" / str(number)
+        done = folder.with_suffix(".json")
+        if done.is_file():
+            rows[name] = json.loads(done.read_text(encoding="utf-8"))
+            continue
         descriptions = {task: domain_sentences(task)[0][:sentences] for task in tasks}
         train_generator(build / "collection", build / "encoder", config, folder, descriptions)
         report = evaluate(folder)
@@ -48,6 +53,7 @@ def ablation(build: Path, evaluate: Callable[[Path], RequestsReport]) -> Table:
             "unknown at 95 % of known": report.unknown_at() if report.threshold is not None else None,
         }
         rows[name] = {column: [value] for column, value in values.items() if value is not None}
+        done.write_text(json.dumps(rows[name]), encoding="utf-8")
         print(name, rows[name], flush=True)
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     return Table("ablation_text", "Condition spaces, on the requests that choose settings", columns, rows, digits=3)
