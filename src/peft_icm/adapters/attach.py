@@ -239,8 +239,8 @@ def matching_parameters(
     model: PreTrainedModel | PeftModel, layers: Mapping[str, LoraLayer], layout: AdapterLayout, adapter_name: str
 ) -> dict[str, nn.Parameter]:
     """The parameter of each key; refuses an adapter of another layout or without values, in time proportional to the adapter."""
-    # transformers 5.24 has a delete_adapter that refuses peft before 0.22.
-    action = f"Choose another adapter_name or {'delete_adapter it first' if isinstance(model, PeftModel) else 'load the base anew'}."
+    # Not "delete it": transformers 5.24 refuses to under peft before 0.22, and a PeftModel that has lost its only adapter takes no other.
+    action = "Choose another adapter_name or load the base anew."
     config: Any = model.peft_config[adapter_name]
     if not same_function(config, layout):
         raise ValueError(f"The adapter {adapter_name!r} is there with another LoRA configuration. {action}")
