@@ -264,7 +264,7 @@ def matching_parameters(
 def as_taken(parameters: Mapping[str, nn.Parameter], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The values of an adapter in the dtypes of the parameters that take them; refuses those that make zeros or infinities of it."""
     values = {key: state_dict[key].to(parameter) for key, parameter in parameters.items()}
-    emptied = _acting(state_dict) and not _acting(values)
+    emptied = _acts(state_dict) and not _acts(values)
     if emptied or not all(value.isfinite().all() for value in values.values()):
         dtype = str(next(iter(values.values())).dtype).removeprefix("torch.")
         what = "every B A of the adapter is zero: it would do nothing" if emptied else "the adapter has infinite values"
@@ -272,9 +272,12 @@ def as_taken(parameters: Mapping[str, nn.Parameter], state_dict: Mapping[str, Te
     return values
 
 
-def _acting(state_dict: Mapping[str, Tensor]) -> set[str]:
-    """The modules of whose matrices none is all zeros."""
-    return {module_of(key) for key in state_dict} - {module_of(key) for key, matrix in state_dict.items() if not matrix.any()}
+def _acts(state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether a module of the adapter has more than zeros in both of its matrices; the first one mostly tells."""
+    pairs: dict[str, list[Tensor]] = {}
+    for key, matrix in state_dict.items():
+        pairs.setdefault(module_of(key), []).append(matrix)
+    return any(all(matrix.any() for matrix in pair) for pair in pairs.values())
 
 
 def warn_of_another_base(base: PreTrainedModel, layout: AdapterLayout) -> None:
