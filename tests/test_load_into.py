@@ -1,5 +1,7 @@
 """An adapter in a plain transformers model, without a file: what attach does, and new values without a new graph."""
 
+import logging
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -106,6 +108,42 @@ def test_a_swap_on_a_compiled_peft_model_needs_no_new_graph_either(graphs):
     assert not torch.equal(out(compiled, model.get_base_model()), first) and len(graphs) == count > 0
 
 
+@both
+@pytest.mark.parametrize("put", [load_into, attach], ids=["load_into", "attach"])
+def test_a_first_load_under_inference_mode_can_be_swapped_outside(build, layout, put):
+    model = seeded(build)
+    with torch.inference_mode():
+        model = put(model, layout, filled(layout)) or model
+    put(model, layout, filled(layout, 1))
+    want = seeded(build)
+    want = put(want, layout, filled(layout, 1)) or want
+    found, expected = values(model), values(want)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+@both
+def test_a_swap_ends_training_as_the_first_load_does(build, layout):
+    model = seeded(build)
+    load_into(model, layout, filled(layout))
+    model.train()
+    load_into(model, layout, filled(layout, 1))
+    assert not any(module.training for module in model.modules())
+
+
+@both
+def test_nothing_is_called_newly_initialized(build, layout, caplog):
+    model, logger = seeded(build), logging.getLogger("transformers.integrations.peft")
+    logger.addHandler(caplog.handler)  # transformers' loggers propagate in some places only
+    try:
+        for name in ("a", "b"):
+            load_into(model, layout, filled(layout), adapter_name=name)
+        assert not caplog.records
+        logger.warning("of something else")
+        assert caplog.records
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
 def test_names_side_by_side():
     layout, model = llama_layout(), seeded(llama)
     load_into(model, layout, filled(layout, 0), adapter_name="cats")
@@ -157,29 +195,30 @@ def test_keys_that_do_not_land_are_an_error():
     assert not any(isinstance(module, LoraLayer) for module in model.modules())
 
 
-def small(layout):
-    """Numbers that float16 has not."""
-    return {key: tensor * 1e-9 if "lora_B" in key else tensor for key, tensor in filled(layout).items()}
+def times(factor, layout, matrix):
+    """Values of which float16 has not those of one matrix."""
+    return {key: tensor * factor if f"lora_{matrix}" in key else tensor for key, tensor in filled(layout).items()}
 
 
+@both
 @pytest.mark.parametrize("loaded", [False, True], ids=["first", "again"])
-@pytest.mark.parametrize("factor", [1e-9, 1e9], ids=["zeros", "infinite"])
-def test_a_dtype_that_empties_or_breaks_the_adapter(loaded, factor):
-    model, layout = seeded(llama).half(), llama_layout()
+@pytest.mark.parametrize(("factor", "matrix"), [(1e-9, "B"), (1e-9, "A"), (1e9, "B")], ids=["no B", "no A", "infinite"])
+def test_a_dtype_that_empties_or_breaks_the_adapter(build, layout, loaded, factor, matrix):
+    model = seeded(build).half()
     if loaded:
         load_into(model, layout, filled(layout))
     before = values(model)
-    bad = {key: tensor * factor if "lora_B" in key else tensor for key, tensor in filled(layout).items()}
     with pytest.raises(ValueError, match="In float16, the dtype of the model's adapter"):
-        load_into(model, layout, bad)
+        load_into(model, layout, times(factor, layout, matrix))
     assert values(model).keys() == before.keys() and all(torch.equal(value, before[key]) for key, value in values(model).items())
 
 
 def test_a_swap_on_a_peft_model_that_empties_the_adapter():
     layout = llama_layout()
     model = attach(seeded(llama), layout, filled(layout)).half()
-    with pytest.raises(ValueError, match="every B of the adapter is zero"):
-        attach(model, layout, small(layout))
+    for matrix in "AB":
+        with pytest.raises(ValueError, match="every B A of the adapter is zero"):
+            attach(model, layout, times(1e-9, layout, matrix))
 
 
 @pytest.mark.parametrize("name", ["default", "another"])
@@ -190,8 +229,12 @@ def test_disabled_adapters_are_an_error(name):
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.enable_adapters(False)
-    with pytest.raises(ValueError, match=r"q_proj: the adapters of this model are disabled"):
+    with pytest.raises(ValueError, match=r"q_proj: the adapters of this model are disabled.* enable_adapters\(True\) on each of its Lora"):
         load_into(model, layout, filled(layout, 1), adapter_name=name)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.enable_adapters(True)
+    load_into(model, layout, filled(layout, 1), adapter_name=name)
     attached = attach(seeded(llama), layout, filled(layout))
     with attached.disable_adapter(), pytest.raises(ValueError, match=r"q_proj: the adapters of this model are disabled"):
         attach(attached, layout, filled(layout, 1), adapter_name=name)
@@ -226,9 +269,29 @@ def test_models_that_do_not_fit(model, message):
         load_into(model(), layout, filled(layout))
 
 
-def test_a_name_that_another_layout_has():
+@pytest.mark.parametrize("put", [load_into, attach], ids=["load_into", "attach"])
+def test_a_name_that_another_layout_has(put):
     layout, model = llama_layout(), seeded(llama)
     other = AdapterLayout.from_peft_model(get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")))
+    model = put(model, layout, filled(layout)) or model
+    with pytest.raises(ValueError, match="(another LoRA configuration|expected shape).* another adapter_name or load the base anew"):
+        put(model, other, filled(other))
+    put(model, other, filled(other), adapter_name="other")
+    put(seeded(llama), other, filled(other))
+
+
+def test_a_base_that_load_into_filled_is_no_base_for_attach():
+    layout, model = llama_layout(), seeded(llama)
     load_into(model, layout, filled(layout))
-    with pytest.raises(ValueError, match="is there with another LoRA configuration|expected shape"):
-        load_into(model, other, filled(other))
+    with pytest.raises(ValueError, match=r"carries adapters.*: unload\(\) the PeftModel, or load the base anew\."):
+        attach(model, layout, filled(layout))
+
+
+@both
+@pytest.mark.parametrize("put", [load_into, attach], ids=["load_into", "attach"])
+def test_a_name_of_a_target(build, layout, put):
+    model = seeded(build)
+    for target in {module.rpartition(".")[2] for module in layout.modules}:
+        with pytest.raises(ValueError, match=f"adapter_name='{target}' is the name of a module that carries the adapter: choose another"):
+            put(model, layout, filled(layout), adapter_name=target)
+    assert not any(isinstance(module, LoraLayer) for module in model.modules())

@@ -7,11 +7,12 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import CONDITION_DIM, filled, generator, llama, llama_layout
+from tiny import CONDITION_DIM, filled, florence, florence_layout, generator, llama, llama_layout
 from transformers import LlamaForCausalLM
 
 from peft_icm import push_adapter, save_adapter
 from peft_icm.adapters import attach
+from peft_icm.adapters.load_into import load_into
 from peft_icm.hub.cards import CHANGED, GENERATED
 
 REPO = "me/sofas"
@@ -105,6 +106,42 @@ class TestWhereTheWeightsComeFrom:
     def test_pushed_from_the_model(self, icm, hub, token):
         push_adapter(train(generated(icm, is_trainable=True)), REPO, token=token)
         assert words(hub.repos["models", REPO].files()["README.md"].decode()) == ("changed", False)
+
+
+@pytest.mark.parametrize("format", ["peft", "gguf"])
+class TestWhatIsNotSaved:
+    @pytest.mark.parametrize("make", [llama, florence])
+    @pytest.mark.parametrize("filled_in", [False, True], ids=["bare", "load_into"])
+    def test_what_is_no_peft_model(self, make, filled_in, format, tmp_path):
+        model, layout = make(), llama_layout() if make is llama else florence_layout()
+        if filled_in:
+            load_into(model, layout, filled(layout))
+        with pytest.raises(ValueError, match=f"^The model is a {type(model).__name__}, must be a PeftModel: .* generate_adapter or attach"):
+            save_adapter(model, tmp_path / "a", format=format)
+        with pytest.raises(ValueError, match="must be a PeftModel"):
+            push_adapter(model, REPO)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_values_that_are_not_finite(self, icm, bad, format, tmp_path):
+        pytest.importorskip("gguf")
+        folder = save_adapter(generated(icm), tmp_path / "a", format=format)
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        model = generated(icm, seed=6)
+        with torch.no_grad():
+            model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default").weight[0, 0] = bad
+        with pytest.raises(ValueError, match="The adapter holds 1 NaN or infinite values"):
+            save_adapter(model, folder, format=format)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_folder_whose_values_are_not_finite_is_not_pushed(icm, tmp_path, hub, token):
+    folder = save_adapter(generated(icm), tmp_path / "a")
+    file = folder / "adapter_model.safetensors"
+    save_file({key: tensor / 0 for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="NaN or infinite values"):
+        push_adapter(folder, REPO, token=token)
+    assert ("models", REPO) not in hub.repos
 
 
 CARDS = {

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ..disk import safe_name
 from .base import SHARES, SharingLoraModel, check_bare
 from .layout import AdapterLayout, same_function
+from .tensors import module_of
 
 logger = logging.getLogger(__name__)
 PROVENANCE = "_peft_icm_provenance"
@@ -60,7 +61,7 @@ def attach(
             disabled or its dtype makes zeros of it; the model is as it was then.
     """
     vector = finite(layout, state_dict)
-    check_name(adapter_name)
+    check_name(adapter_name, layout)
     if not isinstance(model, PreTrainedModel | PeftModel):
         raise ValueError(f"The base model is a {type(model).__name__}, must be a PreTrainedModel or a PeftModel.")
     with ATTACHING:
@@ -105,24 +106,28 @@ def check_enabled(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and module.disable_adapters:
             raise ValueError(
-                f"{name}: the adapters of this model are disabled, and another would do nothing. Call enable_adapters() on it, or"
-                " base_model.enable_adapter_layers() on a PeftModel, or leave the `with model.disable_adapter()`."
+                f"{name}: the adapters of this model are disabled, and another would do nothing. Call enable_adapters(True) on each of its"
+                " LoraLayers, or base_model.enable_adapter_layers() on a PeftModel, or leave the `with model.disable_adapter()`."
             )
 
 
-def check_name(name: str) -> str:
+def check_name(name: str, layout: AdapterLayout) -> str:
     """The name of an adapter, checked: peft keeps adapters in a ModuleDict, where a name is an attribute.
 
     Args:
         name (`str`): From a user.
+        layout (`AdapterLayout`): Of the adapter.
 
     Returns:
         `str`: `name`.
 
     Raises:
-        `ValueError`: If it is no plain file name ([`safe_name`]), has a dot, or is an attribute of torch's ModuleDict.
+        `ValueError`: If it is no plain file name ([`safe_name`]), has a dot, is an attribute of torch's ModuleDict, or the name of a module
+            that carries the adapter: the next adapter would take this one's matrices for such modules.
     """
     safe_name(name, "adapter")
+    if name in {module.rpartition(".")[2] for module in layout.modules}:
+        raise ValueError(f"adapter_name={name!r} is the name of a module that carries the adapter: choose another name.")
     if "." in name or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
         raise ValueError(f"adapter_name={name!r} has a dot or is an attribute of torch's ModuleDict: choose another name.")
     return name
@@ -215,13 +220,14 @@ def _place(key: str) -> tuple[str, str]:
     return name, matrix
 
 
+@torch.inference_mode(False)  # a tensor that inference mode made can't be written outside of it: no swap, no training
 def _fill(layers: Mapping[str, LoraLayer], state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool) -> None:
     """Put values in the place of the meta tensors of a fresh injection, each where its module computes."""
     for key, value in state_dict.items():
         name, matrix = _place(key)
         base: Any = layers[name].get_base_layer()
         device = base._hf_hook.execution_device if has_offloaded_params(base) else base.weight.device
-        parameter = nn.Parameter(value.to(device), requires_grad=is_trainable)
+        parameter = nn.Parameter(value.to(device, copy=True), requires_grad=is_trainable)
         matrices: Any = getattr(layers[name], matrix)
         if isinstance(matrices, nn.ParameterDict):
             matrices[adapter_name] = parameter
@@ -233,7 +239,8 @@ def matching_parameters(
     model: PreTrainedModel | PeftModel, layers: Mapping[str, LoraLayer], layout: AdapterLayout, adapter_name: str
 ) -> dict[str, nn.Parameter]:
     """The parameter of each key; refuses an adapter of another layout or without values, in time proportional to the adapter."""
-    action = "Choose another adapter_name or delete_adapter it first."
+    # Not "delete it": transformers 5.24 refuses to under peft before 0.22, and a PeftModel that has lost its only adapter takes no other.
+    action = "Choose another adapter_name or load the base anew."
     config: Any = model.peft_config[adapter_name]
     if not same_function(config, layout):
         raise ValueError(f"The adapter {adapter_name!r} is there with another LoRA configuration. {action}")
@@ -257,13 +264,20 @@ def matching_parameters(
 def as_taken(parameters: Mapping[str, nn.Parameter], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The values of an adapter in the dtypes of the parameters that take them; refuses those that make zeros or infinities of it."""
     values = {key: state_dict[key].to(parameter) for key, parameter in parameters.items()}
-    matrices = [key for key in values if key.endswith(("lora_B.weight", "lora_embedding_B"))]
-    emptied = any(state_dict[key].any() for key in matrices) and not any(values[key].any() for key in matrices)
+    emptied = _acts(state_dict) and not _acts(values)
     if emptied or not all(value.isfinite().all() for value in values.values()):
-        dtype = str(values[matrices[0]].dtype).removeprefix("torch.")
-        what = "every B of the adapter is zero: it would do nothing" if emptied else "the adapter has infinite values"
+        dtype = str(next(iter(values.values())).dtype).removeprefix("torch.")
+        what = "every B A of the adapter is zero: it would do nothing" if emptied else "the adapter has infinite values"
         raise ValueError(f"In {dtype}, the dtype of the model's adapter, {what}. Convert the model to float32 or bfloat16.")
     return values
+
+
+def _acts(state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether a module of the adapter has more than zeros in both of its matrices; the first one mostly tells."""
+    pairs: dict[str, list[Tensor]] = {}
+    for key, matrix in state_dict.items():
+        pairs.setdefault(module_of(key), []).append(matrix)
+    return any(all(matrix.any() for matrix in pair) for pair in pairs.values())
 
 
 def warn_of_another_base(base: PreTrainedModel, layout: AdapterLayout) -> None:

@@ -125,7 +125,7 @@ def check_bare(base: nn.Module) -> None:
     if any(layer.merged for layer in layers):
         raise ValueError("base_model carries adapters that are merged into it: unmerge_adapter() and unload() them, or load the base anew.")
     if isinstance(base, PeftModel) or any(layer.active_adapters for layer in layers):
-        raise ValueError("base_model carries adapters, of peft or of load_adapter: unload() or delete_adapter() them, or load it anew.")
+        raise ValueError("base_model carries adapters, of peft or of load_adapter: unload() the PeftModel, or load the base anew.")
 
 
 class SharingLoraModel(LoraModel):

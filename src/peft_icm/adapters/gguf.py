@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
+from .attach import finite
 from .layout import AdapterLayout
 from .tensors import module_of
 
@@ -34,7 +35,8 @@ def write_gguf(model: PeftModel, file: Path, adapter_name: str) -> None:
 
     Raises:
         `OSError`: If the package gguf is missing.
-        `ValueError`: If llama.cpp has no such base or no place for one of the matrices, or does nothing with them; nothing is written then.
+        `ValueError`: If llama.cpp has no such base or no place for one of the matrices, or does nothing with them, or a value is not
+            finite; nothing is written then.
     """
     try:
         import gguf
@@ -55,6 +57,7 @@ def write_gguf(model: PeftModel, file: Path, adapter_name: str) -> None:
     if not alpha:  # and llama.cpp takes 0 for no alpha at all
         raise ValueError("format='gguf': lora_alpha is 0, the adapter does nothing.")
     state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    finite(layout, state_dict)
     tensors = {}
     for key in layout.keys:
         module, name = module_of(key), names.get_name(module_of(key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,12 +26,15 @@ from .attach import (
 from .layout import AdapterLayout
 from .tensors import PREFIX
 
+REPORTS = logging.getLogger("transformers.integrations.peft")
+
 
 def load_into(model: PreTrainedModel, layout: AdapterLayout, state_dict: Mapping[str, Tensor], *, adapter_name: str = "default") -> None:
     """Put an adapter into a transformers model by its own `load_adapter`, without a file, and make it the active one.
 
-    Where that name is there with the same layout, its values are written over in place: no module and no tensor is replaced, and a model
-    compiled by `torch.compile` after the first load runs on without compiling again.
+    The first load freezes the base, and each leaves the model in eval mode. Where that name is there with the same layout, its values are
+    written over in place: no module and no tensor is replaced, and a model compiled by `torch.compile` after the first load runs on
+    without compiling again.
 
     Args:
         model (`PreTrainedModel`): The base; stays of its class. Of a compiled model, the one that was compiled.
@@ -44,7 +48,7 @@ def load_into(model: PreTrainedModel, layout: AdapterLayout, state_dict: Mapping
             after the load. The model is as it was then.
     """
     finite(layout, state_dict)
-    check_name(adapter_name)
+    check_name(adapter_name, layout)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"The base model is a {type(model).__name__}, must be a PreTrainedModel: attach to a PeftModel (generate_adapter), and of a"
@@ -64,12 +68,23 @@ def _add(model: PreTrainedModel, layout: AdapterLayout, state_dict: Mapping[str,
     warn_of_another_base(model, layout)
     warn_of_shared_weights(model, layout)
     with unchanged_on_failure(model):
-        model.load_adapter(adapter_state_dict=dict(state_dict), peft_config=config, adapter_name=adapter_name)
+        REPORTS.addFilter(_no_load_report)
+        try:
+            with torch.inference_mode(False):  # as attach's _fill
+                values = {key: value.clone() for key, value in state_dict.items()}
+                model.load_adapter(adapter_state_dict=values, peft_config=config, adapter_name=adapter_name)
+        finally:
+            REPORTS.removeFilter(_no_load_report)
         parameters = _parameters(model, layout, adapter_name)
         for key, value in as_taken(parameters, state_dict).items():
             if not torch.equal(parameters[key], value):
                 raise ValueError(f"{key}: load_adapter left other values in the model than those of the adapter.")
         _activate(model, adapter_name)
+
+
+def _no_load_report(record: logging.LogRecord) -> bool:
+    """Leaves out what calls the base and its other adapters newly initialized: what landed is compared here."""
+    return "LOAD REPORT" not in record.getMessage()
 
 
 # Not load_adapter(hotswap=True): it puts new tensors in the place of the old ones, and takes any key that contains the name for one of the
@@ -81,6 +96,7 @@ def _swap(model: PreTrainedModel, layout: AdapterLayout, state_dict: Mapping[str
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(values[key])
+    model.eval()
 
 
 def _parameters(model: PreTrainedModel, layout: AdapterLayout, adapter_name: str) -> dict[str, torch.nn.Parameter]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ..disk import replacing_folder
 from ..hub.cards import ADAPTED, CHANGED, FACTS, GENERATED, adapter_card
 from ..hub.files import CARD, PushOptions, copy_base, edited_by_hand, marked, published, push_folder
-from .attach import PROVENANCE
+from .attach import PROVENANCE, finite
 from .gguf import write_gguf
 from .layout import AdapterLayout
 
@@ -27,11 +27,6 @@ Format = Literal["peft", "gguf"]
 FORMATS: tuple[str, ...] = get_args(Format)
 # Of the weights that a card was written for, in its front matter.
 _SHA256 = re.compile(r"^ *sha256: ['\"]?([0-9a-f]{64})['\"]?\r?$", re.MULTILINE)
-
-
-def _check_name(model: PeftModel, adapter_name: str) -> None:
-    if adapter_name not in model.peft_config:
-        raise ValueError(f"No adapter named {adapter_name!r}: the model has {sorted(model.peft_config)}.")
 
 
 def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default", *, format: Format = "peft") -> Path:
@@ -52,10 +47,14 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
         `Path`: `folder`.
 
     Raises:
-        `ValueError`: If the model has no such adapter, `format` is none, or llama.cpp cannot hold the adapter.
+        `ValueError`: If the model is no `PeftModel`, as what [`~ICMGenerator.load_into`] fills, or has no such adapter, a value is not
+            finite, `format` is none, or llama.cpp cannot hold the adapter; nothing is written then.
         `OSError`: If `format` is `"gguf"` and the package gguf is missing.
     """
-    _check_name(model, adapter_name)
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"The model is a {type(model).__name__}, must be a PeftModel: make the adapter by generate_adapter or attach.")
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"No adapter named {adapter_name!r}: the model has {sorted(model.peft_config)}.")
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is unknown: choose one of {', '.join(FORMATS)}.")
     target = Path(folder)
@@ -79,8 +78,9 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
 
 
 def _weights(folder: Path) -> tuple[AdapterLayout, str]:
-    layout = AdapterLayout.from_pretrained(folder)
-    return layout, layout.sha256(load_file(folder / WEIGHTS))
+    layout, state_dict = AdapterLayout.from_pretrained(folder), load_file(folder / WEIGHTS)
+    finite(layout, state_dict)
+    return layout, layout.sha256(state_dict)
 
 
 def _as_it_is(facts: dict[str, Any], sha256: str) -> dict[str, Any]:
@@ -127,24 +127,24 @@ def push_adapter(
         `huggingface_hub.CommitInfo`: Of the one commit.
 
     Raises:
-        `ValueError`: If the model has no such adapter, or the folder holds none, or no safetensors base where one is to be pushed;
-            nothing is on the Hub then.
+        `ValueError`: If the model is no `PeftModel` or has no such adapter, or the folder holds none, or no safetensors base where one is
+            to be pushed, or a value is not finite; nothing is on the Hub then.
     """
-    if not isinstance(adapter, PeftModel) and not Path(adapter).is_dir():
+    if isinstance(adapter, str | os.PathLike) and not Path(adapter).is_dir():
         raise ValueError(f"{adapter} is no folder: pass a PeftModel, or the folder where its adapter is saved.")
     push.setdefault("commit_message", "Upload generated adapter")
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary)
-        if isinstance(adapter, PeftModel):
-            save_adapter(adapter, source, adapter_name)
-            layout, sha256 = _weights(source)
-        else:
+        if isinstance(adapter, str | os.PathLike):
             layout, sha256 = _weights(Path(adapter))
             for name in (CONFIG, WEIGHTS, CARD):
                 if (Path(adapter) / name).is_file():
                     shutil.copyfile(Path(adapter) / name, source / name)
             if (by_hand := _card_by_hand(Path(adapter) / CARD, sha256)) is not None:
                 (source / CARD).write_bytes(by_hand)
+        else:
+            save_adapter(adapter, source, adapter_name)
+            layout, sha256 = _weights(source)
 
         def write(folder: Path) -> None:
             shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)

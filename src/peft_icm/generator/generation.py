@@ -243,7 +243,7 @@ class AdapterMixin(RequestsMixin):
             `ValueError`: If the input is not what the encoder reads, the base does not fit the layout, or the request is unknown and
                 `on_unknown` is `"raise"` ([`UnknownTaskError`]).
         """
-        check_name(adapter_name)
+        check_name(adapter_name, self.layout)
         state_dict, factor = self._generate(text, temperature, generator, on_unknown, strength, task)
         model = self._base_for(base_model, base_model_kwargs)
         facts = self._facts(text, temperature, generator, factor, task.get("images"))
@@ -286,7 +286,7 @@ class AdapterMixin(RequestsMixin):
             raise ValueError(f"texts={texts!r} must be a non-empty list of sentences.")
         if isinstance(adapter_names, str):
             raise ValueError(f"adapter_names={adapter_names!r} must be a list of names.")
-        names = [check_name(name) for name in adapter_names or map(_words, texts)]
+        names = [check_name(name, self.layout) for name in adapter_names or map(_words, texts)]
         if len(names) != len(texts) or len(set(names)) != len(names):
             raise ValueError(f"Expected {len(texts)} different adapter names, found {names}.")
         check_request(on_unknown, strength)

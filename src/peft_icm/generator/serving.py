@@ -31,7 +31,7 @@ class ServingMixin(AdapterMixin):
         """Generate one adapter and put it into a plain transformers model, without a file; the model stays of its class.
 
         The first call injects the adapter (transformers' `load_adapter`). Each further one with the same name writes new values in its
-        place: a model that was compiled after the first call is not compiled again.
+        place: a model that was compiled after the first call is not compiled again. The base is frozen, and the model left in eval mode.
 
         Args:
             model (`PreTrainedModel`): The base. Of a compiled model, the one that was compiled.
