@@ -7,16 +7,23 @@
     hf jobs uv run --flavor a10g-small --secrets HF_TOKEN examples/hf_jobs_train.py me/my-loras me/my-generator --epochs 1200
 
 or here, `uv run examples/hf_jobs_train.py ...`; until peft-icm is on PyPI, `uv run --with path/to/peft_icm.whl ...`. What stands behind the
-two repos is for `peft-icm train`.
+two repos is for `peft-icm train`; its --token is for all three steps.
 """
 
 import argparse
 import sys
 
-from peft_icm.cli import main
+from huggingface_hub import HfApi
+
+from peft_icm.cli import main, parse
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("collection", help="Hub id of an adapter collection, which peft-icm collect made and peft-icm push uploaded")
 parser.add_argument("repo_id", help="of the generator, created as a private repo")
-args, options = parser.parse_known_args()
-sys.exit(main(["train", args.collection, "-o", "generator", *options]) or main(["push", "generator", args.repo_id, "--private"]))
+parser.add_argument("options", nargs=argparse.REMAINDER, help="of peft-icm train, behind the two repos")
+args = parser.parse_args()
+train = ["train", args.collection, "-o", "generator", *args.options]
+told = parse(train)
+HfApi(token=told.token).create_repo(args.repo_id, private=True, exist_ok=True)  # who may not push learns it before the training
+push = ["push", told.output, args.repo_id, "--private", *(["--token", told.token] if told.token else [])]
+sys.exit(main(train) or main(push))

@@ -55,6 +55,10 @@ class TestGenerate:
         config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(tmp_path / "other")
 
+    def test_a_text_that_begins_with_dashes(self, tmp_path, capsys):
+        assert run("generate", "bundled:text", "-o", tmp_path / "a", "--on_unknown", "shrink", "--json", "--", "--the_bible text") == 0
+        assert json.loads(capsys.readouterr().out)["text"] == "--the_bible text"
+
     def test_a_text_before_and_after_options(self, tmp_path):
         Image.new("RGB", (40, 30), (200, 30, 40)).save(tmp_path / "red.png")
         image = ["--image", tmp_path / "red.png"]

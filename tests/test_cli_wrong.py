@@ -147,10 +147,11 @@ class TestOutput:
             assert run("generate", "bundled:text", SENTENCE, "-o", tmp_path / "a") == 0
 
     def test_of_a_report(self, work, tmp_path, capsys):
-        for output in (tmp_path, tmp_path / "none" / "report.json"):
+        for output in (tmp_path, tmp_path / "none" / "report.json", tmp_path / "report.png"):
             arguments = ["bundled:text", "--tasks", work / "tasks", "--collection", work / "collection"]
             assert run("evaluate", *arguments, "-o", output) == 2
             assert f"--output {output} must be a JSON file in a folder that exists" in capsys.readouterr().err
+        assert not (tmp_path / "report.png").exists()
 
 
 class TestErrors:

@@ -98,6 +98,10 @@ class TestEveryKind:
         with pytest.raises(ValueError, match="is not the one that the task vectors were made with"):
             load_task_encoder(encoder.config, tmp_path / "copy")
 
+    def test_half_of_a_character_is_refused(self, encoder):
+        with pytest.raises(ValueError, match=r"'detect \\ud800' has a surrogate, half of a character"):
+            encoder.encode(["detect sofas", "detect \ud800"])
+
     @pytest.mark.parametrize("items", [[], "a string", [""], ["  "], [3], pictures(1)[0]])
     def test_what_it_does_not_read_is_refused(self, encoder, items):
         with pytest.raises(ValueError, match=f"Expected a list of non-empty strings.* for the {encoder.kind} encoder, found"):

@@ -20,12 +20,12 @@ from peft_icm.tasks.language_modeling import nll
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(script, folder, *arguments, **environment):
+def run(script, folder, *arguments, code=0, **environment):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
     command = [sys.executable, str(EXAMPLES / script), *arguments]
     finished = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=500)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return finished.stdout
+    assert finished.returncode == code, finished.stderr[-3000:]
+    return finished.stderr if code else finished.stdout
 
 
 @pytest.mark.slow
@@ -87,11 +87,19 @@ def test_reproduction_data_names_its_parts(tmp_path):
 @pytest.mark.parametrize("hub", ["lfs"], indirect=True)
 def test_hf_jobs_train_pulls_a_collection_and_pushes_a_generator(hub, token, tmp_path):
     AdapterCollection.from_pretrained(bundled_folder("text") / "own").push_to_hub("me/loras", token=token)
-    options = ["--epochs", "2", "--phrasings", "8", "--encoder", "bundled:text"]
-    run(
-        "hf_jobs_train.py", tmp_path, "me/loras", "me/generator", *options, HF_HUB_OFFLINE="0", HF_TOKEN=token, HF_HOME=str(tmp_path / "hf")
-    )
+    options = ["--epochs", "2", "--phrasings", "8", "--encoder", "bundled:text", "--token", token, "-o", "elsewhere"]
+    run("hf_jobs_train.py", tmp_path, "me/loras", "me/generator", *options, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
     generator = ICMGenerator.from_pretrained("me/generator", token=token)
     assert hub.repos["models", "me/generator"].private and len(generator.config.tasks) == 18
     header = (EXAMPLES / "hf_jobs_train.py").read_text().split("# /// script\n")[1].split("# ///")[0]
     assert tomllib.loads(header.replace("# ", ""))["dependencies"] == ["peft-icm"]  # PEP 723
+
+
+@pytest.mark.parametrize("hub", ["lfs"], indirect=True)
+def test_hf_jobs_train_refuses_before_it_trains(hub, token, tmp_path):
+    here = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+    AdapterCollection.from_pretrained(bundled_folder("text") / "own").push_to_hub("me/loras", token=token, private=False)
+    hub.requests.clear()
+    assert "401" in run("hf_jobs_train.py", tmp_path, "me/loras", "me/generator", "--token", "hf_wrong", code=1, **here)
+    assert "unrecognized arguments: --epochs" in run("hf_jobs_train.py", tmp_path, "--epochs", "2", "me/loras", "me/g", code=2, **here)
+    assert hub.requests and not any("loras" in path for _, path in hub.requests) and not list(tmp_path.glob("generator*"))

@@ -10,10 +10,10 @@ from hub_server import TOKEN
 from huggingface_hub import ModelCard
 from tiny import generator
 
-from peft_icm import AdapterCollection, ICMGenerator
+from peft_icm import AdapterCollection, ICMConfig, ICMGenerator
 from peft_icm.adapters.attach import attach
 from peft_icm.evaluation import Evaluation
-from peft_icm.evaluation.requests import Heard, RequestsReport, evaluate_requests, load_requests
+from peft_icm.evaluation.requests import Heard, RequestsReport, card_facts, evaluate_requests, load_requests
 from peft_icm.generator.requests import scaled
 from peft_icm.hub.cards import generator_card
 from peft_icm.tasks import load_tasks
@@ -119,7 +119,7 @@ def test_scores_are_those_of_the_adapters(work, trained):
     )
 
 
-@pytest.mark.parametrize("base", [0.5, None, "x", True])
+@pytest.mark.parametrize("base", [0.5, None, "x", True, math.nan, math.inf, pytest.param(10**400, id="huge")])
 def test_a_card_tells_what_can_be_read_of_a_config(base):
     shares = {"unseen_phrasings": {"generated": {"warn": 0.9, "shrink": 0.8, "base": base}, "retrieved": 3}}
     config = generator().config.to_dict()
@@ -144,6 +144,9 @@ def test_a_task_without_its_own_lora(work, trained):
         ('{"known": {"sonnet": "write one"}}', "'sonnet' must have a list of sentences"),
         ('{"known": {"sonnet": [" "]}}', "'sonnet' must have a list of sentences"),
         ('{"known": {"sonnet": ["a"]}, "unknown": [1]}', "'unknown' must have a list of sentences"),
+        ('{"known": {"sonnet": ["a"]}, "unknown": "knitting"}', "'unknown' must have a list of sentences"),
+        ('{"known": [["sonnet", ["a"]]]}', "is no JSON of the form"),
+        ("[" * 200_000, "is no JSON of the form"),
         ('{"known": {}}', "has no sentence under known"),
     ],
 )
@@ -191,6 +194,8 @@ class TestCommandLine:
         assert found == json.loads((tmp_path / "r.json").read_text()) and len(found["requests"]) == 2
         assert (tmp_path / "r.png").is_file()
         assert run(*arguments, "--requests", tmp_path / "none.json") == 2
+        assert run(*arguments, "--requests", tmp_path / "requests.json", "--seeds", 0, 1) == 2
+        assert "--seeds 0 1: --requests are scored with one seed" in capsys.readouterr().err
 
     def test_a_pushed_card_tells_what_was_measured(self, work, trained, hub, tmp_path, capsys):
         known = {name: [f"{name}, quickly"] for name in ("sonnet", "novel", "genesis")}
@@ -210,16 +215,32 @@ class TestCommandLine:
         # it stays with the generator, whoever pushes it next
         assert ICMGenerator.from_pretrained("org/icm", cache_dir=tmp_path).config.training["requests"]["heard"] == measured["heard"]
 
+    def test_of_other_weights_a_card_tells_nothing(self, trained, tmp_path, report):
+        generator = ICMGenerator.from_pretrained(trained)
+        (tmp_path / "r.json").write_text(json.dumps({**report.to_dict(), "weights_sha256": generator.saved_sha256}))
+        generator.config.training["requests"] = card_facts(tmp_path / "r.json", generator)
+        assert "unit" not in generator.config.training["requests"]
+        for told in (True, False):
+            generator.save_pretrained(tmp_path / "g")
+            card = generator_card(ICMConfig.from_pretrained(tmp_path / "g").to_dict(), repo_id="org/icm", folder=tmp_path / "g")
+            assert ("## Asked in other words" in card.text) == told
+            next(generator.parameters()).data.mul_(1.5)
+
     @pytest.mark.parametrize(
-        ("report", "message"),
+        ("change", "message"),
         [
             ("[1]", "is no report that peft-icm evaluate --requests wrote"),
             ('{"share": {}}', "is no report"),
-            (None, "on other weights than"),
+            ("[" * 200_000, "is no report"),
+            ({"heard": {"known_of_known": math.nan}}, "is no report"),
+            ({"weights_sha256": "0" * 64}, "on other weights than"),
+            ({"share": "abc"}, "has no figures that a card can tell"),
+            ({"heard": None}, "has no figures that a card can tell"),
+            ({"known": True}, "has no figures that a card can tell"),
         ],
     )
-    def test_what_is_no_report_of_this_generator(self, report, message, trained, hub, tmp_path, capsys):
-        other = {"share": {}, "heard": {}, "unit": "nats", "known": 1, "unknown": 1, "weights_sha256": "0" * 64}
-        (tmp_path / "r.json").write_text(report or json.dumps(other))
+    def test_what_is_no_report_of_this_generator(self, change, message, report, trained, hub, tmp_path, capsys):
+        good = {**report.to_dict(), "weights_sha256": ICMGenerator.from_pretrained(trained).saved_sha256}
+        (tmp_path / "r.json").write_text(change if isinstance(change, str) else json.dumps({**good, **change}))
         assert run("push", trained, "org/icm", "--token", TOKEN, "--with-requests", tmp_path / "r.json") == 2
         assert message in capsys.readouterr().err and not hub.repos

@@ -47,7 +47,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(prog=f"peft-icm {first.verb}", **_about(first.verb))
     _verb_options(p, first.verb)
     p.set_defaults(debug=first.debug)
-    return p.parse_intermixed_args([_dashes(word) for word in first.rest])
+    end = first.rest.index("--") if "--" in first.rest else len(first.rest)  # what comes after it is no option
+    return p.parse_intermixed_args([*map(_dashes, first.rest[:end]), *first.rest[end:]])
 
 
 def completion(args: argparse.Namespace) -> dict[str, Any]:

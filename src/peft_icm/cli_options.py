@@ -191,7 +191,7 @@ def evaluate_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("generator", help="Hub id or folder of a generator; bundled:text and bundled:detection are the bundled ones")
     p.add_argument("--tasks", required=True, help="folder with tasks.json and held-out texts or annotated images")
     p.add_argument("--collection", required=True, help="collection whose last snapshots are the own LoRAs")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of z")
+    p.add_argument("--seeds", type=int, nargs="+", help="seeds of z, by default 0 1 2; with --requests one, by default 0")
     p.add_argument("--batch-size", type=int, default=16, help="windows or pictures in a forward pass")
     p.add_argument(
         "--requests",

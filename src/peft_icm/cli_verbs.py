@@ -291,9 +291,12 @@ def _one_line_warnings() -> Iterator[None]:
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Score a generator on held-out text or pictures against each task's own LoRA."""
     if args.output:
-        if Path(args.output).is_dir() or not Path(args.output).absolute().parent.is_dir():
-            raise ValueError(f"--output {args.output} must be a JSON file in a folder that exists.")
-        _check_writable(Path(args.output))
+        file = Path(args.output)
+        if file.is_dir() or file.suffix.lower() == ".png" or not file.absolute().parent.is_dir():
+            raise ValueError(f"--output {file} must be a JSON file in a folder that exists; a plot is drawn beside it as .png.")
+        _check_writable(file)
+    if args.requests and len(args.seeds or [0]) > 1:
+        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: --requests are scored with one seed of z, pass one.")
     from transformers import AutoProcessor
 
     from .adapters.collection import AdapterCollection
@@ -309,7 +312,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     processor = AutoProcessor.from_pretrained(generator.load_base().name_or_path, token=args.token)
     own = {task: collection.final(task) for task in collection.tasks}
     tasks: Any = load_tasks(args.tasks)
-    options = {"seeds": args.seeds, "batch_size": args.batch_size}
+    options = {"batch_size": args.batch_size, **({"seeds": args.seeds} if args.seeds else {})}
     report: Any
     kind: Any = DetectionEvaluation if isinstance(tasks[0], DetectionTask) else Evaluation
     if args.metric and (args.requests or kind is DetectionEvaluation):
@@ -317,16 +320,17 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.requests:
         known, unknown = load_requests(args.requests, [task.name for task in tasks])
         some = [task for task in tasks if task.name in known]
-        report = evaluate_requests(kind, generator, processor, some, own, known, unknown, seed=args.seeds[0], batch_size=args.batch_size)
+        seed = (args.seeds or [0])[0]
+        report = evaluate_requests(kind, generator, processor, some, own, known, unknown, seed=seed, batch_size=args.batch_size)
     elif kind is DetectionEvaluation:
         report = evaluate_detection(generator, processor, tasks, own, **options)
     else:
         report = evaluate_generator(generator, processor, tasks, own, metrics=args.metric, **options)
     result = report.to_dict()
     if args.output:
-        with replacing_file(args.output) as file:
-            file.write_text(json.dumps(result, indent=1))
-        report.plot(Path(args.output).with_suffix(".png"))
+        with replacing_file(file) as new:
+            new.write_text(json.dumps(result, indent=1))
+        report.plot(file.with_suffix(".png"))
     say(args, report.table())
     return result
 

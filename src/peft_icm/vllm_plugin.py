@@ -7,7 +7,6 @@ variables say what it answers ([`register`]).
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import tempfile
@@ -25,6 +24,7 @@ logger = logging.getLogger(__name__)
 NAME, PREFIX = "peft_icm", "icm:"
 GENERATOR, SENTENCES, LIMIT, CACHE = (f"PEFT_ICM_VLLM_{name}" for name in ("GENERATOR", "SENTENCES", "MAX_ADAPTERS", "CACHE"))
 MAX_ADAPTERS, MAX_SENTENCE = 64, 1000
+WEIGHTS = "adapter_model.safetensors"
 
 
 class SentenceAdapters:
@@ -34,8 +34,9 @@ class SentenceAdapters:
         generator (`str`): Folder or Hub id of the generator, or `"bundled:text"`; loaded with the first sentence.
         cache (`str` or `Path`, *optional*): Where the folders lie; by default a temporary folder that goes with the process.
         sentences (`Collection[str]`, *optional*): The only ones that are answered; by default all that the generator knows.
-        limit (`int`, defaults to 64): The most adapters. Further sentences are refused: vLLM keeps the folder of each name that it has
-            resolved and reads it again whenever it needs room, so none may go while it runs.
+        limit (`int`, defaults to 64): The most sentences of this process, and the most adapters in the cache. Further ones are refused:
+            vLLM keeps each name that it has resolved, however many share an adapter, and reads its folder again whenever it needs room,
+            so none may go while it runs.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class SentenceAdapters:
         self.cache = Path(cache) if cache else None
         self._generator: ICMGenerator | None = None
         self._bases: set[str] = set()
+        self._answered: set[str] = set()
         self._lock = threading.Lock()
 
     def folder(self, base_model: str, sentence: str) -> Path:
@@ -59,7 +61,7 @@ class SentenceAdapters:
 
         Raises:
             `ValueError`: If the sentence is not among `sentences`, the generator does not know it ([`UnknownTaskError`]), there are `limit`
-                adapters, or the base does not fit.
+                sentences or adapters, or the base does not fit.
             `OSError`: If the generator or the config of the base is not found.
         """
         if self.sentences is not None and sentence not in self.sentences:
@@ -67,6 +69,8 @@ class SentenceAdapters:
         if len(sentence) > MAX_SENTENCE:
             raise ValueError(f"A sentence of {len(sentence)} characters: at most {MAX_SENTENCE} are read.")
         with self._lock:
+            if sentence not in self._answered and len(self._answered) >= self.limit:
+                raise ValueError(f"{self.limit} sentences were answered, which is the limit: raise {LIMIT}, or start again.")
             if self._generator is None:
                 self._generator = load_generator(self.name)
             generator = self._generator
@@ -78,21 +82,22 @@ class SentenceAdapters:
                 self._temporary = tempfile.TemporaryDirectory(prefix="peft-icm-")
                 self.cache = Path(self._temporary.name)
             folder = self.cache / generator.layout.sha256(state_dict)[:32]
-            if not folder.is_dir():
-                if self.cache.is_dir() and len(list(self.cache.glob("[!.]*"))) >= self.limit:
+            if not (folder / WEIGHTS).is_file():
+                if len(list(self.cache.glob(f"[!.]*/{WEIGHTS}"))) >= self.limit:
                     raise ValueError(f"There are {self.limit} adapters in {self.cache}, which is the limit: raise it, or start with fewer.")
                 _write(generator, state_dict, folder)
+            self._answered.add(sentence)
             return folder
 
 
 def _check_base(generator: ICMGenerator, base_model: str) -> None:
     """Refuse a base that the adapters do not fit, by a model without weights."""
     import torch
-    from transformers import AutoConfig
 
     from .adapters.base import base_class
+    from .conditioning.base import load_config
 
-    config = AutoConfig.from_pretrained(base_model, trust_remote_code=False)
+    config = load_config(base_model)
     with torch.device("meta"):
         generator.layout.check_base(base_class(config)(config))
 
@@ -103,7 +108,7 @@ def _write(generator: ICMGenerator, state_dict: dict[str, Any], folder: Path) ->
     from .disk import replacing_folder
 
     with replacing_folder(folder) as new:
-        save_file(state_dict, new / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(state_dict, new / WEIGHTS, metadata={"format": "pt"})
         generator.layout.lora_config().save_pretrained(str(new))
 
 
@@ -111,10 +116,11 @@ def register() -> None:
     """What vLLM calls in each of its processes: registers the resolver where `PEFT_ICM_VLLM_GENERATOR` is set.
 
     `PEFT_ICM_VLLM_GENERATOR` names the generator; `PEFT_ICM_VLLM_SENTENCES` a text file with the only sentences that are answered, one a
-    line; `PEFT_ICM_VLLM_MAX_ADAPTERS` the most adapters (64); `PEFT_ICM_VLLM_CACHE` a folder for them that outlives the server.
+    line; `PEFT_ICM_VLLM_MAX_ADAPTERS` the most sentences and adapters (64); `PEFT_ICM_VLLM_CACHE` a folder for them that outlives the
+    server.
 
     Raises:
-        `ValueError`: If the limit is no positive number.
+        `ValueError`: If the limit is no positive number, or the file of sentences is not in UTF-8.
         `OSError`: If the file of sentences can't be read.
     """
     generator = os.environ.get(GENERATOR)
@@ -127,7 +133,10 @@ def register() -> None:
     if not limit.isdecimal() or not int(limit):
         raise ValueError(f"{LIMIT}={limit!r} must be a positive number of adapters.")
     file = os.environ.get(SENTENCES)
-    sentences = {line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()} if file else None
+    try:
+        sentences = {line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()} if file else None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{SENTENCES}={file} is not in UTF-8 ({error}): save it so.") from error
     adapters = SentenceAdapters(generator, os.environ.get(CACHE), sentences, int(limit))
 
     class SentenceResolver(LoRAResolver):
@@ -142,7 +151,6 @@ def register() -> None:
             except (ValueError, OSError) as error:
                 logger.warning("%s", error)
                 return None
-            number = int(hashlib.sha256(lora_name.encode()).hexdigest()[:15], 16) + 1  # vLLM puts its own in the place of it
-            return LoRARequest(lora_name=lora_name, lora_int_id=number, lora_path=str(folder))
+            return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder))  # vLLM puts a number of its own there
 
     LoRAResolverRegistry.register_resolver(NAME, SentenceResolver())

@@ -122,8 +122,8 @@ class TaskEncoder(ABC):
             `Tensor`: `[len(items), dim]` fp32 on the CPU, one row for each item. Of unit length, except for `hidden_state`.
 
         Raises:
-            `ValueError`: If there is no item, or one that this encoder does not read, or both strings and pictures; if a text has no token,
-                or the encoder's answer is not finite.
+            `ValueError`: If there is no item, or one that this encoder does not read, or both strings and pictures; if a text is not
+                Unicode or has no token, or the encoder's answer is not finite.
         """
         readable = dict(READS[name] for name in self.accepts)
         expected = f"Expected a list of {' or of '.join(readable.values())} for the {self.kind} encoder"
@@ -134,6 +134,8 @@ class TaskEncoder(ABC):
                 raise ValueError(f"{expected}, found {item!r}.")
             if isinstance(item, str) != isinstance(items[0], str):
                 raise ValueError(f"{expected}, found both in one list: encode them apart.")
+            if isinstance(item, str) and item.encode(errors="ignore").decode() != item:
+                raise ValueError(f"{item!r} has a surrogate, half of a character: pass text that can be written in UTF-8.")
         if isinstance(items[0], str):
             self._check_lengths([str(item) for item in items])
         rows = []

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..adapters.attach import attach
 from ..generator.modeling_icm import ICMGenerator
 from ..generator.requests import scaled
+from ..hub.cards import requests_measured
 from ..unknown import ON_UNKNOWN, UnknownTaskWarning
 from .figures import save_figure
 from .report import Report, rounded, share_of
@@ -192,8 +193,8 @@ def load_requests(file: str | os.PathLike[str], tasks: Sequence[str]) -> tuple[d
     shape = '{"known": {"task": ["a sentence"]}, "unknown": ["a sentence"]}'
     try:
         document = json.loads(Path(file).read_text(encoding="utf-8"))
-        known, unknown = dict(document["known"]), list(document.get("unknown", []))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        known, unknown = {**document["known"]}, document.get("unknown", [])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON of the form {shape} ({error}).") from error
     if foreign := [task for task in known if task not in tasks]:
         raise ValueError(f"{file}: known names {foreign[0]!r}, which is no task here: {', '.join(tasks)}.")
@@ -217,15 +218,16 @@ def card_facts(file: str | os.PathLike[str], generator: ICMGenerator) -> dict[st
 
     Raises:
         `OSError`: If the file cannot be read.
-        `ValueError`: If it is no such report, or one of other weights.
+        `ValueError`: If it is no such report, has no figures that a card tells, or is one of other weights.
     """
     try:
-        report = json.loads(Path(file).read_text(encoding="utf-8"))
-        facts = {name: report[name] for name in ("share", "heard", "unit", "known", "unknown")}
-        measured_on = report["weights_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+        report = json.loads(Path(file).read_text(encoding="utf-8"), parse_constant=int)  # NaN and Infinity are no int: refused
+        facts = {name: report[name] for name in ("share", "heard", "known", "unknown", "weights_sha256")}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is no report that peft-icm evaluate --requests wrote ({error!r}).") from error
-    if measured_on != generator.saved_sha256:
+    if not requests_measured(facts):
+        raise ValueError(f"{file} has no figures that a card can tell: evaluate --requests again.")
+    if facts["weights_sha256"] != generator.saved_sha256:
         raise ValueError(f"{file} was measured on other weights than those of {generator.name_or_path}: evaluate --requests again.")
     return facts
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def generator_card(
         files += (Path(folder) / str(encoder["folder"])).rglob("*")
     generator_bytes = sum(file.stat().st_size for file in files if file.is_file())
     metrics = [metric for metric in _list(training.get("metrics")) if _is_metric(metric)]
-    requests = _requests(_mapping(training.get("requests")))
+    measured = _mapping(training.get("requests"))
+    requests = requests_measured(measured) if measured.get("weights_sha256") == config.get("weights_sha256") else {}
     accepts = _accepts(encoder)
     first = next((task["description"] for task in tasks if task["description"]), "what you need")
     calls = {"text": repr(first), "examples": "examples=[...]", "images": "images=[...]"}
@@ -307,8 +309,16 @@ def _reading_facts(reading: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return _named(reading, names)
 
 
-def _requests(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what `evaluate --requests` found: rows of shares by kind and source, then single figures; empty where nothing was measured."""
+def requests_measured(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What a generator's card tells of what `evaluate --requests` found.
+
+    Args:
+        measured (`Mapping`): `share`, `heard`, `known` and `unknown` of [`~RequestsReport.to_dict`].
+
+    Returns:
+        `dict[str, Any]`: `rows` of shares by kind and source, single `figures`, and how many requests were `known` and `unknown`; empty
+            where nothing was measured.
+    """
     share, heard = _mapping(measured.get("share")), _mapping(measured.get("heard"))
     answered = {"unseen_phrasings": heard.get("known_of_known"), "unknown_requests": heard.get("known_of_unknown")}
     titles = {
@@ -329,7 +339,7 @@ def _requests(measured: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _requests_metrics(requests: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The generator's own figures of [`_requests`], as the Hub lists metrics; retrieval, which stands beside them, is none of its own."""
+    """The generator's own figures of [`requests_measured`], as the Hub lists metrics; retrieval, beside them, is none of its own."""
     metrics = [
         {"type": f"share_{mode}", "name": f"share of the own LoRAs' gain, on_unknown={mode!r}", "dataset": kind, "value": value}
         for kind, source, values in requests.get("rows", [])
@@ -341,7 +351,7 @@ def _requests_metrics(requests: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _named(values: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[str, Any]]:
