@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import HfApi
 from PIL import Image, ImageDraw
 from test_collection import save_lora
@@ -28,6 +29,7 @@ def test_code_of_the_documentation_runs(page, hub, token, tmp_path, monkeypatch)
         picture = Image.new("RGB", (128, 128), "white")
         ImageDraw.Draw(picture).rectangle((30, 50, 90, 100), "brown")
         picture.save(tmp_path / name)
+    torch._dynamo.reset()
     names = {"__name__": "__main__"}
     for part in page.read_text(encoding="utf-8").split("```python\n")[1:]:
         exec(compile(part.split("\n```")[0], page.name, "exec"), names)
