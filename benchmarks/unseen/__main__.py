@@ -8,7 +8,7 @@
 
 `build` is that of examples/build_demo/build_demo_models.py, with the stages up to `open-generator`; `--split choose` takes the classes that
 settings are chosen on in the place of those that decide. AP50 of one class, on scenes in three styles that nothing was trained on;
-pictures and annotated scenes to learn from are drawn in the other styles. Writes results/PART.json.
+pictures and annotated scenes to learn from are drawn in the other styles. Writes results/PART.json, .md and .png.
 """
 
 from __future__ import annotations

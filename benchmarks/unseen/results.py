@@ -9,6 +9,7 @@ import statistics
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,8 +31,24 @@ def provenance() -> dict[str, object]:
     }
 
 
+def markdown(document: dict[str, Any]) -> str:
+    """A table of what a result holds: means and standard errors, a column for each kind of task.
+
+    Args:
+        document (`dict`): What [`write`] wrote as JSON.
+    """
+    means, errors = document["mean"], document["standard error"]
+    counts = {kind: sum(row["kind"] == kind for row in document["tasks"].values()) for kind in means}
+    lines = [f"`{document['run']['command']}`, {document['run']['date']}; {document['unit']}", ""]
+    lines += ["| | " + " | ".join(f"{count} {kind}" for kind, count in counts.items()) + " |", "|---" * (len(means) + 1) + "|"]
+    for column in dict.fromkeys(column for row in means.values() for column in row):
+        cells = [f"{row[column]:.3f} ± {errors.get(kind, {}).get(column, 0):.3f}" if column in row else "" for kind, row in means.items()]
+        lines.append(f"| {column} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def write(name: str, rows: dict[str, Row], unit: str, unplotted: str | None = None) -> None:
-    """Write results/NAME.json and .png, and print the means.
+    """Write results/NAME.json, .md and .png, and print the means.
 
     Args:
         name (`str`): Of the files.
@@ -53,10 +70,9 @@ def write(name: str, rows: dict[str, Row], unit: str, unplotted: str | None = No
     }
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
-    file.write_text(
-        json.dumps({"run": provenance(), "unit": unit, "mean": means, "standard error": errors, "tasks": rounded}, indent=1) + "\n",
-        encoding="utf-8",
-    )
+    document = {"run": provenance(), "unit": unit, "mean": means, "standard error": errors, "tasks": rounded}
+    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    file.with_suffix(".md").write_text(markdown(document), encoding="utf-8")
     columns = list(dict.fromkeys(column for row in means.values() for column in row if column != unplotted))
     plot_bars(columns, {kind: [row.get(column, 0.0) for column in columns] for kind, row in means.items()}, unit, file.with_suffix(".png"))
     print(json.dumps({"mean": means, "standard error": errors}, indent=1))
