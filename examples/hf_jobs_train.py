@@ -24,6 +24,6 @@ parser.add_argument("options", nargs=argparse.REMAINDER, help="of peft-icm train
 args = parser.parse_args()
 train = ["train", args.collection, "-o", "generator", *args.options]
 told = parse(train)
-HfApi(token=told.token).create_repo(args.repo_id, private=True, exist_ok=True)  # who may not push learns it before the training
+HfApi(token=told.token).create_repo(args.repo_id, private=True, exist_ok=True)  # who may not create it learns so before the training
 push = ["push", told.output, args.repo_id, "--private", *(["--token", told.token] if told.token else [])]
 sys.exit(main(train) or main(push))

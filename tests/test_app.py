@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run
+from packaging.requirements import Requirement
 from peft import PeftModel
 from PIL import Image
 from tiny import generator, llama, llama_layout
@@ -23,8 +24,7 @@ from tiny import generator, llama, llama_layout
 from peft_icm import ICMGenerator, bundled_generator, detect
 from peft_icm.app import rendering, serving
 from peft_icm.app.serving import Request, Scene, Service, Token
-from peft_icm.hub.cards import cards_folder
-from peft_icm.hub.space import GRADIO
+from peft_icm.hub.space import GRADIO, write_space
 from peft_icm.tasks.language_modeling import nll
 
 SENTENCES = {"text": "continue a Shakespeare play", "detection": "detect sofas"}
@@ -67,7 +67,9 @@ class TestRequest:
             Request(**options)
 
     def test_the_greatest_seed_is_one(self, text):
-        text.adapt(Request("a novel", seed=serving.MAX_SEED))
+        assert isinstance(text.adapt(Request("a novel", seed=serving.MAX_SEED)), PeftModel)
+        with pytest.raises(ValueError, match="The seed is"):
+            Request("a novel", seed=serving.MAX_SEED + 1)
 
 
 class TestUsers:
@@ -279,9 +281,11 @@ class TestSpace:
         assert f"from_pretrained('me/icm', revision='{info.oid}', subfolder='')" in files["app.py"].decode()
         assert b"- me/icm" in files["README.md"] and not [name for name in files if name.startswith("generator/")]
 
-    def test_it_asks_for_what_the_package_asks_for(self):
+    def test_it_asks_for_what_the_package_asks_for(self, tmp_path):
+        write_space(tmp_path, "me/icm")
         project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-        assert (cards_folder() / "space" / "requirements.txt").read_text().splitlines() == project["dependencies"]
+        asked, wanted = (tmp_path / "requirements.txt").read_text().splitlines(), project["dependencies"]
+        assert {Requirement(line) for line in asked} == {Requirement(line) for line in wanted}
         assert project["optional-dependencies"]["app"] == [f"gradio>={GRADIO.removesuffix('.0')}"]
 
     @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from command_line import run
 from PIL import Image
 
-from peft_icm.data_import import import_detection
+from peft_icm.data_import import yolo_tasks
 from peft_icm.tasks import load_tasks
 from peft_icm.tasks.annotated_images import AnnotatedImage
 from peft_icm.tasks.splits import divide
@@ -448,5 +448,5 @@ class TestDivide:
 
 
 def test_it_is_a_function_too(yolo, tmp_path):
-    facts = import_detection("yolo", yolo, tmp_path)
+    facts = yolo_tasks(yolo, tmp_path)
     assert facts["tasks"][1] == {"name": "stop_sign", "descriptions": ["detect stop signs", "detect stop sign"], "train": 1, "test": 1}

@@ -12,6 +12,15 @@ from test_conditioning import sentence
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```python" in page.read_text(encoding="utf-8")]
 
+# What a page's code writes, and what it pushes; a page with code that is not told of here fails.
+LEAVES = {
+    "README.md": ["shakespeare-lora/adapter_model.safetensors", "my-generator/model.safetensors"],
+    "index.md": ["shakespeare-lora/adapter_model.safetensors"],
+    "app.md": [],
+    "serving.md": ["bible-gguf/adapter_model.gguf"],
+}
+PUSHES = {"README.md": {("models", "me/my-generator")}, "index.md": set(), "app.md": {("spaces", "me/demo")}, "serving.md": set()}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hub", ["lfs"], indirect=True)
@@ -25,6 +34,7 @@ def test_code_of_the_documentation_runs(page, hub, token, tmp_path, monkeypatch)
     for repo, folder in (("sentence-transformers/all-MiniLM-L6-v2", "minilm"), ("org/lora-cats", "lora-cats")):
         HfApi(token=token).create_repo(repo)
         HfApi(token=token).upload_folder(repo_id=repo, folder_path=tmp_path / folder)
+    put = set(hub.repos)
     for name in ("my-sofa.jpg", "room.jpg", "rocket1.jpg", "rocket2.jpg"):
         picture = Image.new("RGB", (128, 128), "white")
         ImageDraw.Draw(picture).rectangle((30, 50, 90, 100), "brown")
@@ -33,3 +43,6 @@ def test_code_of_the_documentation_runs(page, hub, token, tmp_path, monkeypatch)
     names = {"__name__": "__main__"}
     for part in page.read_text(encoding="utf-8").split("```python\n")[1:]:
         exec(compile(part.split("\n```")[0], page.name, "exec"), names)
+    for file in LEAVES[page.name]:
+        assert (tmp_path / file).is_file()
+    assert set(hub.repos) - put == PUSHES[page.name]

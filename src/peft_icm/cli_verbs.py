@@ -160,7 +160,6 @@ def training_arguments(args: argparse.Namespace, **more: Any) -> ICMTrainingArgu
         output_dir=f"{args.output}.work",
         lr_scheduler_type="cosine",
         seed=args.seed,
-        report_to=args.report_to,
         eval_strategy=often,
         save_strategy=often,
         eval_steps=max(1, args.max_steps // 10),

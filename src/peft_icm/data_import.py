@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,10 @@ from .tasks.splits import DetectionData, divide, load_splits
 from .tasks.yolo import load_yolo
 
 UNSEEN = 4  # sentences of each task that are kept for evaluation
-READERS = {"coco": load_coco_folder, "yolo": load_yolo, "roboflow": load_florence_jsonl}
 
 
-def import_detection(
-    form: str,
+def detection_tasks(
+    data: DetectionData,
     source: str | os.PathLike[str],
     output: Path,
     *,
@@ -38,16 +37,16 @@ def import_detection(
     """Write a folder of detection tasks, as [`load_detection_tasks`] reads it, from annotated pictures.
 
     Pictures are not copied: `tasks.json` names the folder that they lie in by its absolute path, as a data set may be larger than the
-    space that is left, and two copies would part. Only those of a `"hub"` data set that lie in no files are written, to `images/`. All
-    are decoded once: what is broken is found here and not in the middle of a training.
+    space that is left, and two copies would part. All are decoded
+    once: what is broken is found here and not in the middle of a training.
 
     A class that has pictures in both splits becomes a task: its name is the class's, without what no file name may have; its sentences
     are "detect sofas" and "detect sofa", and four of frames that nothing is trained on for evaluation. A name that Florence-2 cannot
     write, such as one that is not ASCII, is answered with "object".
 
     Args:
-        form (`str`): `"coco"`, `"yolo"`, `"roboflow"` (JSON lines for Florence-2) or `"hub"`.
-        source (`str` or `Path`): See [`load_coco_folder`], [`load_yolo`], [`load_florence_jsonl`], [`load_hub_dataset`].
+        data ([`DetectionData`]): Of [`load_coco_folder`], [`load_yolo`], [`load_florence_jsonl`] or [`load_hub_dataset`].
+        source (`str` or `Path`): Where it was read, for messages.
         output (`Path`): An empty folder.
         descriptions (`Mapping[str, list[str]]`, *optional*): Sentences that ask for a task, in the place of those above.
         test_share (`float`, defaults to 0.2): What is held out of the pictures of each class where the source has no split for that, or
@@ -59,10 +58,9 @@ def import_detection(
         `warnings`, which classes were left out.
 
     Raises:
-        `ValueError` or `OSError`: If the source is not as its reader wants it, a picture is broken or in both splits, no class has pictures
+        `ValueError` or `OSError`: If a picture is broken or in both splits, no class has pictures
             in both, two classes would have one name, or `descriptions` names none of the tasks.
     """
-    data = load_hub_dataset(source, output / "images") if form == "hub" else READERS[form](source)
     train, test = _splits(data, source, test_share, seed)
     for image in tqdm([*train, *test], desc="looking at pictures", leave=False, delay=2):
         image.load()
@@ -82,7 +80,11 @@ def import_detection(
     return {"unit": "pictures", "tasks": said, "warnings": warnings}
 
 
-coco_tasks, yolo_tasks, roboflow_tasks = (partial(import_detection, form) for form in READERS)
+def _read_by(reader: Callable[[Path], DetectionData], source: Path, output: Path, **options: Any) -> dict[str, Any]:
+    return detection_tasks(reader(source), source, output, **options)
+
+
+coco_tasks, yolo_tasks, roboflow_tasks = (partial(_read_by, reader) for reader in (load_coco_folder, load_yolo, load_florence_jsonl))
 
 
 def hub_tasks(source: Path, output: Path, **options: Any) -> dict[str, Any]:
@@ -90,14 +92,14 @@ def hub_tasks(source: Path, output: Path, **options: Any) -> dict[str, Any]:
 
     Args:
         source (`Path`): Its id or folder.
-        output, **options: See [`import_detection`] and [`text_tasks`].
+        output, **options: See [`detection_tasks`] and [`text_tasks`]. Pictures that lie in no files are written to `images/`.
 
     Raises:
         `ValueError`: If it cannot be loaded, or is of neither kind.
     """
     splits = load_splits(source)
     if any({"image", "objects"} & set(rows.column_names) for rows in splits.values()):
-        return import_detection("hub", source, output, **options)  # it is loaded again, from the cache
+        return detection_tasks(load_hub_dataset(splits, source, output / "images"), source, output, **options)
     return text_tasks_of(splits, source, output, **options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib.metadata import requires
 from pathlib import Path
 
 from huggingface_hub import SpaceCard, SpaceCardData
@@ -29,7 +30,8 @@ def write_space(folder: Path, name: str | None, revision: str | None = None, sub
     template = Template((cards_folder() / "space" / "app.py.jinja").read_text(encoding="utf-8"), keep_trailing_newline=True)
     where = {"name": repr(name or GENERATOR_FOLDER), "revision": repr(revision), "subfolder": repr(subfolder)}
     (folder / "app.py").write_text(template.render(where), encoding="utf-8")
-    shutil.copyfile(cards_folder() / "space" / "requirements.txt", folder / "requirements.txt")
+    wanted = [line for line in requires("peft-icm") or () if "extra ==" not in line]
+    (folder / "requirements.txt").write_text("\n".join(wanted) + "\n", encoding="utf-8")
     own = folder / _PACKAGE.name
     for file in sorted(_PACKAGE.rglob("*.py")):
         (own / file.relative_to(_PACKAGE)).parent.mkdir(parents=True, exist_ok=True)

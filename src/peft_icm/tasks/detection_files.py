@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm.auto import tqdm
@@ -14,7 +16,7 @@ from ..pictures import picture_size
 from .annotated_images import AnnotatedImage, category_of, from_dataset, load_coco
 from .fields import read_json
 from .florence_answers import read_answer
-from .splits import DetectionData, load_splits, split_files
+from .splits import DetectionData, split_files
 
 
 def load_coco_folder(source: str | os.PathLike[str]) -> DetectionData:
@@ -102,25 +104,26 @@ def _read_lines(file: Path) -> list[AnnotatedImage]:
     return list(found.values())
 
 
-def load_hub_dataset(source: str | os.PathLike[str], folder: Path) -> DetectionData:
+def load_hub_dataset(splits: Mapping[str, Any], source: str | os.PathLike[str], folder: Path) -> DetectionData:
     """Read a data set as [`from_dataset`] does; no code of it is run, and it has no pictures but its own.
 
     Args:
-        source (`str` or `Path`): What `datasets.load_dataset` takes: an id of the Hub, or a folder.
+        splits (`Mapping[str, datasets.Dataset]`): See [`load_splits`].
+        source (`str` or `Path`): Its id or folder.
         folder (`Path`): Where the pictures go that lie in no files of their own; a folder in it for each split.
 
     Returns:
         [`DetectionData`]
 
     Raises:
-        `ValueError`: If it cannot be loaded, names a file that is not of its folder or of the Hub's cache, or [`from_dataset`] refuses it.
+        `ValueError`: If it names a file that is not of its folder or of the Hub's cache, or [`from_dataset`] refuses it.
     """
     from datasets.config import HF_DATASETS_CACHE
 
     roots = [Path(root).resolve() for root in (source, folder, HF_DATASETS_CACHE, HF_HUB_CACHE)]
     read: dict[str, list[AnnotatedImage]] = {"test": []}
     classes: dict[str, None] = {}
-    for split, rows in load_splits(source).items():
+    for split, rows in splits.items():
         try:
             read[split] = from_dataset(rows, folder / split)
         except ValueError as error:
