@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from test_training import arguments, tiny_collection
 
 from peft_icm import ICMConfig, ICMTrainer
@@ -28,6 +29,8 @@ def main():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         result = {"losses": losses, "processes": trainer.args.world_size, "eval": trainer.generator.config.training["metrics"]}
         (folder / "result.json").write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # whose threads may else abort the process as it ends
 
 
 if __name__ == "__main__":
