@@ -71,8 +71,8 @@ class TaskEncoder(ABC):
         """`[len(items), dim]` of one batch, either strings or pictures."""
 
     @abstractmethod
-    def _count_tokens(self, texts: list[str]) -> list[int]:
-        """Tokens of each text, however many are read."""
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """Tokens of each text, those that start and end it too, however many are read."""
 
     @property
     def dim(self) -> int:
@@ -166,7 +166,7 @@ class TaskEncoder(ABC):
         return self.encode(items)
 
     def _check_lengths(self, texts: list[str]) -> None:
-        counts = self._count_tokens(texts)
+        counts = self.count_tokens(texts)
         if 0 in counts:
             raise ValueError(f"{texts[counts.index(0)][:80]!r} has no token for the {self.kind} encoder: pass a text with words.")
         if self.max_tokens and max(counts) > self.max_tokens:

@@ -202,7 +202,8 @@ class ClipEncoder(TaskEncoder):
                 self.model.text.config.save_pretrained(path / TEXT_FOLDER)
                 self.tokenizer.tokenizer.save_pretrained(path / TEXT_FOLDER)
 
-    def _count_tokens(self, texts: list[str]) -> list[int]:
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """Tokens of each text, those that start and end it too."""
         if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
             return [len(self.tokenizer.encode(text)) + 2 for text in texts]  # with the tokens that start and end every text
         return [len(ids) for ids in self.tokenizer.tokenizer(texts, verbose=False)["input_ids"]]

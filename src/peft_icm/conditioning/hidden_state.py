@@ -127,7 +127,8 @@ class HiddenStateEncoder(TaskEncoder):
     def _unadapted(self) -> AbstractContextManager[Any]:
         return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
 
-    def _count_tokens(self, texts: list[str]) -> list[int]:
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """Tokens of each text, those that start and end it too."""
         return [len(ids) for ids in self.processor(texts, verbose=False)["input_ids"]]
 
     def _width(self, text: PreTrainedConfig) -> int:

@@ -113,5 +113,6 @@ class JoinedEncoder(TaskEncoder):
         pictures = isinstance(items[0], Image.Image)
         return self.read(next(name for name in self.parts if (name == "images") == pictures), items)
 
-    def _count_tokens(self, texts: list[str]) -> list[int]:
-        return next(part for name, part in self.parts.items() if name != "images")._count_tokens(texts)
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """Tokens of each text, those that start and end it too."""
+        return next(part for name, part in self.parts.items() if name != "images").count_tokens(texts)

@@ -103,7 +103,8 @@ class SentenceEncoder(TaskEncoder):
             pooled = {"word_embedding_dimension": self.dim, "pooling_mode_mean_tokens": False, f"pooling_mode_{field}": True}
             (path / POOLING).write_text(json.dumps(pooled, indent=2))
 
-    def _count_tokens(self, texts: list[str]) -> list[int]:
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """Tokens of each text, those that start and end it too."""
         return [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
 
     def _embed(self, items: list[Any]) -> Tensor:

@@ -68,6 +68,8 @@ class ICMConfig(PreTrainedConfig):
         context (`bool`, defaults to `True`): Whether the decoder attends over the (task vector, latent) pairs of the
             collection's tasks.
         tasks (`list[dict]`): `{"name", "description"}` of each task trained on, in the order of the context's pairs.
+        words (`list[str]`, *optional*): What a misspelt word of a request may stand for ([`respell`]): [`ICMTrainer`] writes those of the
+            tasks' sentences. `None` is that of older generators: requests are read as they are spelt.
         condition_space (`str`, *optional*): What is done to task vectors before they are used, see [`ConditionSpace`]: `"none"`,
             `"whitening"`, `"lda"` or `"head"`. With any but `"none"` the generator tells how familiar a request is ([`Reading`]).
             [`ICMTrainer`] writes `"lda"` where it builds a `"principal"` generator of two tasks or more. `None` is that of
@@ -105,6 +107,7 @@ class ICMConfig(PreTrainedConfig):
     kl_weight: float | int = 0.005
     context: bool = True
     tasks: list[dict[str, Any]] | None = None
+    words: list[str] | None = None
     condition_space: str | None = None
     text_reader: bool = False
     base_model_subfolder: str | None = None

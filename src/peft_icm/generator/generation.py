@@ -18,6 +18,7 @@ from ..adapters.attach import attach, check_name, unchanged_on_failure
 from ..adapters.base import load_base, share_tensors
 from ..adapters.layout import AdapterLayout
 from ..conditioning import JoinedEncoder, Picture, TaskEncoder, load_task_encoder, open_images
+from ..conditioning.spelling import respell
 from ..disk import MAX_NAME_BYTES, inside
 from ..hub.files import is_local, resolve
 from ..unknown import OnUnknown, check_request
@@ -136,7 +137,7 @@ class AdapterMixin(RequestsMixin):
         if text is not None:
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"text={text!r} must be a non-empty sentence, such as 'detect sofas'.")
-            vectors.append(self.encoder.read("text", [text])[0])
+            vectors.append(self.encoder.read("text", [respell(text, self.config.words or (), self.encoder)])[0])
         if examples is not None:
             if isinstance(examples, str) or not examples:
                 raise ValueError(f"examples={examples!r} must be a non-empty list of strings.")

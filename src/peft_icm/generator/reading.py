@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .condition_space import ConditionSpace, task_means
 
 MISSED = 0.05  # of the held-out phrasings of its own tasks, the share that a generator may take for unknown
-SURE = 0.9  # probability of a task from which its mean is decoded; chosen on bundled/requests
+SURE = 0.7  # probability of a task from which its mean is decoded; chosen on bundled/requests
 LEFT_OUT_WEIGHT = 0.25  # of the tasks left out, among what is unknown
 # What a wrong adapter costs, in what the right one gains: on the bundled text world a foreign request 1.0, another task's adapter 3.5.
 # Chosen on the text world's requests in bundled/requests; see docs/results.md.
@@ -189,8 +189,8 @@ class Reader(Familiarity):
     def settle(self, space: ConditionSpace, conditions: Tensor) -> Tensor:
         """The task vectors that requests are answered with: what wording did to them is taken out where the task is beyond doubt.
 
-        A known request that means one task with a probability of 0.9 or more (`SURE`) becomes that task's mean. In doubt it stays what it
-        was: the network's own way between tasks does less harm than the wrong task's mean.
+        A request that means one task, if any, with a probability of 0.7 or more (`SURE`) becomes that task's mean. In doubt it stays what
+        it was: the network's own way between tasks does less harm than the wrong task's mean.
 
         Args:
             space ([`ConditionSpace`]): Fitted.
@@ -199,9 +199,8 @@ class Reader(Familiarity):
         Returns:
             `Tensor`: `[n, d]` fp32; all of them as they were where there is no threshold.
         """
-        probabilities, familiarity = self(space, conditions)
-        best, task = probabilities.max(1)
-        sure = (self.threshold >= 0) & (familiarity >= self.threshold) & (best >= SURE)
+        best, task = self(space, conditions)[0].max(1)
+        sure = (self.threshold >= 0) & (best >= SURE)
         return torch.where(sure[:, None], space.center + space.colour(self.centers[task]), conditions.float())
 
     def _features(self, space: ConditionSpace, conditions: Tensor, left_out: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..adapters.collection import AdapterCollection
 from ..conditioning import TaskEncoder
 from ..conditioning.phrasings import foreign, phrasings
+from ..conditioning.spelling import respell, words_of
 from ..tasks.annotated_images import crops
 from ..tasks.detection import DetectionTask
 from ..tasks.language_modeling import LanguageModelingTask
@@ -95,8 +96,13 @@ def unheard(sentences: list[list[str]], encoder: TaskEncoder, seed: int = 0) -> 
     """
     each = max(4, min(HELD_OUT_PHRASINGS, HELD_OUT_SENTENCES // len(sentences)))
     own = encoder.read("text", [sentence for task in sentences for sentence in task])
-    held_out = _read(encoder, "text", [_say(task, each, seed, held_out=True) if task else [] for task in sentences])
-    others = encoder.read("text", [*foreign(seed), *foreign(seed, held_out=True)])
+    words = words_of(sentence for task in sentences for sentence in task)
+
+    def heard(lines: list[str]) -> list[str]:
+        return [respell(line, words, encoder) for line in lines]
+
+    held_out = _read(encoder, "text", [heard(_say(task, each, seed, held_out=True)) if task else [] for task in sentences])
+    others = encoder.read("text", heard([*foreign(seed), *foreign(seed, held_out=True)]))
     far = (F.normalize(others, dim=1) @ F.normalize(own, dim=1).T).amax(1) < ALIKE
     return held_out, others[far]
 

@@ -13,6 +13,7 @@ from transformers import EvalPrediction, Trainer
 
 from ..adapters.collection import AdapterCollection
 from ..conditioning import TaskEncoder
+from ..conditioning.spelling import words_of
 from ..generator.configuration_icm import ICMConfig
 from ..generator.modeling_icm import ICMGenerator
 from .arguments import ICMTrainingArguments
@@ -176,6 +177,7 @@ def new_generator(collection: AdapterCollection, config: ICMConfig, encoder: Tas
         "condition_dim": collection.task_vectors[collection.tasks[0]].shape[1],
         "tasks": [{"name": task, "description": (collection.descriptions.get(task) or [""])[0]} for task in collection.tasks],
         "condition_space": condition_space(config, collection),
+        "words": words_of(text for texts in collection.descriptions.values() for text in texts),
     }
     torch.manual_seed(seed)
     generator = ICMGenerator(ICMConfig(**values))

@@ -20,6 +20,7 @@ from ..adapters.examples import collate, example_losses
 from ..adapters.layout import AdapterLayout
 from ..adapters.per_sample import PerSampleLora
 from ..conditioning import TaskEncoder
+from ..conditioning.spelling import words_of
 from ..generator.configuration_icm import ICMConfig
 from ..generator.modeling_icm import ICMGenerator
 from ..generator.networks import DirectNetwork
@@ -315,6 +316,7 @@ def new_task_generator(
         "encoder": named,
         "condition_dim": encoder.dim,
         "tasks": [{"name": task.name, "description": task.descriptions[0]} for task in tasks],
+        "words": words_of(text for task in tasks for text in task.descriptions),
         "context": False,
         "text_reader": "text" in encoder.accepts and len(tasks) > 1,
     }
