@@ -1,6 +1,7 @@
 """How the bundled generators read requests: sentences that nothing was trained on, and sentences that no task answers.
 
     python -m benchmarks.reading choose                 # settings are chosen on these
+    python -m benchmarks.reading earlier                # those that decided on 2026-11-25 and 26, and choose settings since
     python -m benchmarks.reading once                   # these decide, and are used at the end alone
     python -m benchmarks.reading descriptions           # what caution costs on the tasks' own sentences
     python -m benchmarks.reading once --world text --generator DIR --name text_other
@@ -65,7 +66,7 @@ def requests_report(world: str, requests: str, folder: Path, seed: int) -> Reque
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sets = ("choose", "once", "descriptions", "nouns", "nouns-once", "ablation")
+    sets = ("choose", "earlier", "once", "descriptions", "nouns", "nouns-once", "ablation")
     parser.add_argument("set", choices=sets, help="which sentences, or the ablation")
     parser.add_argument("--world", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="which bundles")
     parser.add_argument("--generator", help="a generator in the place of the bundled one")

@@ -56,9 +56,9 @@ def requests(generator: ICMGenerator, once: bool, seed: int) -> dict[str, tuple[
 
 
 def load_worlds(requests: str) -> dict[str, dict[str, Any]]:
-    """The requests of both worlds: those that choose settings are bundled, those that decide are not."""
-    if requests == "once":
-        return json.loads((HERE / "once.json").read_text(encoding="utf-8"))
+    """The requests of both worlds: those that choose settings are bundled, those that decide, or did, are not."""
+    if requests != "choose":
+        return json.loads((HERE / f"{requests}.json").read_text(encoding="utf-8"))
     return {world: json.loads(bundled_requests(world).read_text(encoding="utf-8")) for world in ("text", "detection")}
 
 

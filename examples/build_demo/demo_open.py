@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
 from peft_icm import ICMConfig, ICMGenerator
+from peft_icm.conditioning.spelling import words_of
 from peft_icm.generator.text_reading import TextReader
 from peft_icm.tasks.annotated_images import AnnotatedImage, crops, load_coco
 from peft_icm.tasks.detection import DetectionTask
@@ -229,6 +230,7 @@ def open_reader(build: Path) -> None:
     generator.text_reader = TextReader(generator.config.text_dim, len(sentences))
     reading = fit_text_reader(generator.text_reader, generator.encoder, sentences, said, training["seed"])
     generator.config.text_reader, generator.config.training = True, {**training, "reading": reading}
+    generator.config.words = words_of(sentence for task in sentences for sentence in task)
     generator.save_pretrained(build / "open_generator")
     print(reading)
 
