@@ -33,7 +33,7 @@ def test_slips(encoder, text, read):
     assert respell(text, WORDS, encoder) == read
 
 
-@pytest.mark.parametrize("text", ["houses and chairs", "hoarse", "the horses' umbrellas", "block", "otters", "xyzzy qwertz", "1234", "🐴 ☂"])
+@pytest.mark.parametrize("text", ["houses and chairs", "hoarse", "the horses' umbrellas", "xyzzy qwertz", "1234", "🐴 ☂"])
 def test_words_stay(encoder, text):
     assert respell(text, WORDS, encoder) == text
 
