@@ -66,11 +66,11 @@ def test_one_slip_is_a_distance_of_one(a, b):
 def test_a_bundled_generator_hears_through_slips(world):
     generator = ICMGenerator.from_pretrained(bundled_generator(world))
     right, wrong = {
-        "text": ("continue a Shakespeare play", "continue a Shakespere play"),
+        "text": ("continue a shakespeare play", "continue a Shakespere play"),
         "detection": ("detect umbrellas", "detect umbrelas"),
-        "open": ("detect umbrellas", "detect umbrelas"),
+        "open": ("detect umbrella", "detect umbrelas"),
     }[world]
-    assert generator.task_vector(wrong).equal(generator.task_vector(right.replace("Shakespeare", "shakespeare")))
+    assert generator.task_vector(wrong).equal(generator.task_vector(right))
 
 
 def test_a_generator_without_words_reads_what_is_written():

@@ -37,7 +37,8 @@ def respell(text: str, words: Collection[str], encoder: TaskEncoder) -> str:
     """Read misspelt words as they were meant: an encoder makes of `umberella` anything but an umbrella.
 
     A word is misspelt if it is none of `words`, the encoder's tokenizer has to put it together from pieces, even without its ending, and
-    one slip - a letter too many, too few or wrong, or two exchanged - leads from one of `words` with the same first letter to it.
+    one slip - a letter too many, too few or wrong, or two exchanged - leads from one of `words` with the same first letter to it, or to
+    it without a plural's s.
 
     Args:
         text (`str`): Of a request.
@@ -60,9 +61,10 @@ def respell(text: str, words: Collection[str], encoder: TaskEncoder) -> str:
 
     def meant(match: re.Match[str]) -> str:
         word = match[0].lower()
-        if len(word) < SHORTEST or word in words:
+        forms = (word, word.removesuffix("s"))
+        if len(word) < SHORTEST or any(form in words for form in forms):
             return match[0]
-        near = next((other for other in words if other[0] == word[0] and _one_slip(word, other)), None)
+        near = next((other for other in words for form in forms if other[0] == form[0] and _one_slip(form, other)), None)
         return match[0] if near is None or _in_one_piece(word, encoder) else near
 
     return WORD.sub(meant, text)
