@@ -8,8 +8,8 @@ from torch import Tensor
 from ..adapters.snapshots import SnapshotMatrix
 
 EXACT = 1024  # snapshots: forming their Gram matrix takes N^2 P
-OVERSAMPLING, PASSES = 10, 8
-SETTLED = 1e-6  # of the variance that the components hold: what another pass must add to be worth it
+OVERSAMPLING, PASSES = 10, 6
+SETTLED = 1e-5  # of the variance that the components hold: what another pass must add to be worth it
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-7}  # of the first eigenvalue: below it lies no component
 
 
@@ -38,9 +38,11 @@ def principal_components(rows: SnapshotMatrix, center: Tensor, basis: Tensor) ->
     weights = (vectors[:, :rank] / singular).T.to(dtype)
     basis.zero_()
     for columns, block in rows.columns("components"):
-        mean = block.mean(0, dtype=torch.float64)
+        centered = block.to(dtype)
+        mean = centered.mean(0)
+        centered -= mean
         center[columns] = mean.to(center.dtype)
-        basis[:rank, columns] = (weights @ (block.to(dtype) - mean.to(dtype))).to(basis.dtype)
+        basis[:rank, columns] = (weights @ centered).to(basis.dtype)
     if dtype == torch.float32:
         _orthonormalize(basis[:rank])
     return singular
