@@ -27,18 +27,23 @@ class SnapshotFiles(Mapping[str, Tensor]):
 
     Args:
         files (`Mapping[str, Path]`): The safetensors file of each task, with a tensor `snapshots`.
+
+    Raises:
+        `ValueError`: When a task is asked for whose file is missing, cut short, or of another shape than when it was asked for first.
     """
 
     def __init__(self, files: Mapping[str, Path]):
         self.files = dict(files)
+        self._shapes: dict[str, torch.Size] = {}
 
     def __getitem__(self, task: str) -> Tensor:
         file = self.files[task]
         with open_shard(file) as shard:
-            try:
-                return shard.get_tensor("snapshots")
-            except SafetensorError as error:
-                raise ValueError(f"{file} holds no snapshots any more ({error}). Download or collect it again.") from error
+            snapshots = shard.get_tensor("snapshots") if "snapshots" in shard.keys() else torch.empty(0)  # noqa: SIM118 - no dict
+        if self._shapes.setdefault(task, snapshots.shape) != snapshots.shape:
+            found, was = tuple(snapshots.shape), tuple(self._shapes[task])
+            raise ValueError(f"{file} has changed since it was opened: its snapshots were {was}, now {found}. Open the collection again.")
+        return snapshots
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)

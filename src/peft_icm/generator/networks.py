@@ -51,20 +51,20 @@ class Statistics(nn.Module):
     @torch.no_grad()
     def fit(self, parameters: Tensor | SnapshotMatrix, conditions: Tensor) -> None:
         """Pool the statistics over snapshots `[N, P]`, in one pass over them, and task vectors `[M, d]`."""
-        count, mean, squares = 0, torch.zeros(len(self.sizes), dtype=torch.float64), torch.zeros(len(self.sizes), dtype=torch.float64)
         sizes = torch.tensor(self.sizes)
-        for _, block in SnapshotMatrix.of(parameters).rows("statistics"):  # of blocks they are put together as by Chan et al. (1979)
+        count, mean, squares = 0, torch.zeros(len(sizes), dtype=torch.float64), torch.zeros(len(sizes), dtype=torch.float64)
+        for _, block in SnapshotMatrix.of(parameters).rows("statistics"):  # blocks are put together as by Chan et al. (1979)
             parts = block.split(self.sizes, dim=1)
-            sums = torch.stack([part.sum(dtype=torch.float64) for part in parts])  # of equal numbers exact: their variance is zero
-            variances = torch.stack([part.var(correction=0) for part in parts]).double()
-            total = count + len(block)
-            step = sums / (len(block) * sizes) - mean
+            sums = torch.stack([part.sum(1).double().sum() for part in parts])
+            variances = torch.stack([part.var(correction=0) for part in parts])
+            step, total = sums / (len(block) * sizes) - mean, count + len(block)
             squares += (variances * len(block) + step.square() * count * len(block) / total) * sizes
             mean += step * len(block) / total
             count = total
         std = (squares / (count * sizes)).sqrt()
+        varies = std > 1e-6 * mean.abs()  # below it lies the rounding of numbers that are equal
         self.mean.copy_(mean)
-        self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
+        self.std.copy_(torch.where(varies, std, torch.ones_like(std)))
         self.fit_conditions(conditions)
 
     @torch.no_grad()
