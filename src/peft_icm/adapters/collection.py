@@ -20,6 +20,7 @@ from ..hub.cards import collection_card
 from ..hub.files import PushOptions, published, push_folder, resolve
 from .gauge import align
 from .layout import ADAPTER_FILES, AdapterLayout, KeyMap, map_keys
+from .snapshots import SnapshotFiles, check_finite, open_shard
 
 FORMAT = 1
 MANIFEST = "collection.json"
@@ -32,7 +33,8 @@ class AdapterCollection:
 
     Args:
         layout ([`AdapterLayout`]): One for all adapters.
-        snapshots (`dict[str, Tensor]`): `[K, P]` for each task, oldest first; the last is the task's own LoRA.
+        snapshots (`Mapping[str, Tensor]`): `[K, P]` for each task, oldest first; the last is the task's own LoRA. The values of a `dict`
+            are checked at once, those of any other mapping, such as [`SnapshotFiles`], when they are read to be trained on or saved.
         descriptions (`dict[str, list[str]]`): Sentences that ask for the task.
         task_vectors (`dict[str, Tensor]`): `[M, d]` fp32 for each task, one for each description, example or picture.
         encoder (`dict`, *optional*): Config of the encoder that made them.
@@ -44,7 +46,7 @@ class AdapterCollection:
     """
 
     layout: AdapterLayout
-    snapshots: dict[str, Tensor]
+    snapshots: Mapping[str, Tensor]
     descriptions: dict[str, list[str]]
     task_vectors: dict[str, Tensor] = field(default_factory=dict)
     encoder: dict[str, Any] | None = None
@@ -59,11 +61,8 @@ class AdapterCollection:
             disk.safe_name(task, "task")
             if not _is_matrix(tensor) or tensor.shape[1] != self.layout.numel:
                 raise ValueError(f"Task {task!r}: expected snapshots of shape (K, {self.layout.numel}), found {_shape(tensor)}.")
-            bad = (~torch.isfinite(tensor)).nonzero()
-            if len(bad):
-                row, column = bad[0].tolist()
-                key = self.layout.key_at(column)
-                raise ValueError(f"Task {task!r}: snapshot {row} holds {tensor[row, column].item()} in {key}. Train it again.")
+            if isinstance(self.snapshots, dict):
+                check_finite(task, tensor, self.layout)
         for task, texts in self.descriptions.items():
             if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"Task {task!r}: expected a list of sentences, found {str(texts)[:60]!r}.")
@@ -196,11 +195,14 @@ class AdapterCollection:
 
     def _write(self, folder: Path) -> None:
         (folder / "snapshots").mkdir()
-        for task, tensor in self.snapshots.items():
-            tensors = {"snapshots": tensor.contiguous()}
+        for task, snapshots in self.snapshots.items():
+            rows = snapshots[:].contiguous()
+            check_finite(task, rows, self.layout)
+            tensors = {"snapshots": rows}
             if task in self.task_vectors:
                 tensors["task_vectors"] = self.task_vectors[task].float().contiguous()
-            save_file(tensors, disk.inside(folder, f"snapshots/{task}.safetensors"), metadata={"format": "pt"})
+            metadata = {"format": "pt", "layout": self.layout.fingerprint}
+            save_file(tensors, disk.inside(folder, f"snapshots/{task}.safetensors"), metadata=metadata)
         manifest = {
             "format": FORMAT,
             "layout": self.layout.to_dict(),
@@ -215,7 +217,7 @@ class AdapterCollection:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **hub_kwargs: Any) -> AdapterCollection:
-        """Load a collection from a folder or a data set repo of the Hub.
+        """Open a collection in a folder or a data set repo of the Hub; its snapshots stay there and are read when asked for.
 
         Args:
             folder (`str` or `Path`): A local folder or `"org/name"`.
@@ -234,21 +236,26 @@ class AdapterCollection:
         layout = AdapterLayout.from_dict(manifest["layout"])
         # The files of the Hub's cache are links into its blobs, which lie beside the snapshots.
         bounds = root if Path(folder).is_dir() else root.parent.parent
-        snapshots, vectors, texts = {}, {}, {}
+        files: dict[str, Path] = {}
+        vectors, texts = {}, {}
         for entry in manifest["tasks"]:
             name = disk.safe_name(entry.get("name"), "task")
-            if name in snapshots:
+            if name in files:
                 raise ValueError(f"{root / MANIFEST} names the task {name!r} twice.")
-            file = disk.inside(bounds, (root / "snapshots" / f"{name}.safetensors").absolute())
-            tensors = _load(file)
-            if "snapshots" not in tensors or entry.get("snapshots", len(tensors["snapshots"])) != len(tensors["snapshots"]):
-                raise ValueError(f"{file} does not hold the {entry.get('snapshots')} snapshots that {MANIFEST} names. Collect it again.")
-            snapshots[name] = tensors["snapshots"]
+            file = files[name] = disk.inside(bounds, (root / "snapshots" / f"{name}.safetensors").absolute())
+            with open_shard(file) as shard:
+                shape = shard.get_slice("snapshots").get_shape() if "snapshots" in shard.keys() else []  # noqa: SIM118 - no dict
+                if shape[:1] != [entry.get("snapshots", *shape[:1])]:
+                    raise ValueError(
+                        f"{file} does not hold the {entry.get('snapshots')} snapshots that {MANIFEST} names. Collect it again."
+                    )
+                if (shard.metadata() or {}).get("layout", layout.fingerprint) != layout.fingerprint:
+                    raise ValueError(f"{file} is of another layout than {MANIFEST}. Download or collect it again.")
+                if "task_vectors" in shard.keys():  # noqa: SIM118
+                    vectors[name] = shard.get_tensor("task_vectors").clone()
             texts[name] = entry.get("descriptions") or []
-            if "task_vectors" in tensors:
-                vectors[name] = tensors["task_vectors"]
         try:
-            collection = cls(layout, snapshots, texts, vectors, manifest.get("encoder"), manifest.get("metadata") or {})
+            collection = cls(layout, SnapshotFiles(files), texts, vectors, manifest.get("encoder"), manifest.get("metadata") or {})
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
         collection._source = str(folder)
@@ -301,7 +308,8 @@ def adapter_name(adapter: str | Path, folder: Path) -> str:
 
 
 def _is_matrix(tensor: Any) -> bool:
-    return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim == 2 and tensor.numel() > 0
+    dtype, shape = getattr(tensor, "dtype", None), getattr(tensor, "shape", ())
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point and len(shape) == 2 and all(shape)
 
 
 def _shape(tensor: Any) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from ..adapters.snapshots import SnapshotMatrix
 from .adapting import AdaptingMixin
 from .condition_space import ConditionSpace
 from .configuration_icm import ICMConfig
@@ -30,7 +31,7 @@ class ICMOutput(ModelOutput):
         reconstruction_loss (`Tensor`): `[]`, the first term; for `"principal"` with the squared error of a z from the prior.
         kl_loss (`Tensor`): `[]`, KL(q(z | l, v) || N(0, I)) in nats, summed over the latent, mean over the batch.
         squared_error (`Tensor`): `[B]`, mean squared error of each sample in pooled, normalised units.
-        reconstruction (`Tensor`): `[B, P]`, in the units of the adapters.
+        reconstruction (`Tensor`): `[B, P]`, in the units of the adapters; none where coordinates are given.
         latent_mean (`Tensor`): `[B, k]`, mean of the posterior.
         latent_logvar (`Tensor`): `[B, k]`, log-variance of the posterior.
     """
@@ -96,6 +97,7 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         hidden_tasks: Tensor | None = None,
         noise: Tensor | None = None,
         return_loss: bool = True,
+        coordinates: Tensor | None = None,
     ) -> ICMOutput:
         """Encode, draw z, decode, and score (Eqs. 2-8). Without adapters, decode a z from N(0, I) (Eq. 9): there is no loss then.
 
@@ -106,6 +108,8 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
             noise (`Tensor`, *optional*): `[B, k]`, the epsilon of Eq. 4, and z itself where it is drawn from the prior; drawn where it
                 is not given.
             return_loss (`bool`, defaults to `True`): There for the Trainer, which asks for it.
+            coordinates (`Tensor`, *optional*): `[B, r + 1]`, adapters as [`~ICMGenerator.project`] gives them, in the place of
+                `parameters`: the loss is the same, and its time does not depend on P.
 
         Returns:
             [`ICMOutput`]: `reconstruction` alone where there are no adapters.
@@ -116,29 +120,45 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         if condition is None:
             raise ValueError("condition= is missing: pass task vectors, a Tensor [B, d].")
         v = self.normalize_condition(condition)
-        if parameters is None:
+        if parameters is None and coordinates is None:
             z = torch.randn(len(v), self.config.latent_size, device=v.device) if noise is None else noise
             return ICMOutput(reconstruction=self.statistics.denormalize(self._decode(z, v, hidden_tasks)))
-        l = self.statistics.normalize(parameters)
-        mean, logvar = (part.float() for part in self.network.encode(l.to(self.dtype), v))
+        l = None if parameters is None else self.statistics.normalize(parameters)
+        mean, logvar = self._encode(v, l, coordinates)
         noise = torch.randn_like(mean) if noise is None else noise
         z = mean + (0.5 * logvar).exp() * noise
-        decoded = self._decode(z, v, hidden_tasks)
-        squared_error = (decoded - l).square().mean(1)
+        squared_error, decoded = self._score(z, v, l, coordinates, hidden_tasks)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1)
         reconstruction_loss, kl_loss = self.network.reconstruction_loss(squared_error).mean(), kl.mean()
         if self.network.prior_weight:
-            prior_error = (self._decode(noise, v, hidden_tasks) - l).square().mean()
-            reconstruction_loss = reconstruction_loss + self.network.prior_weight * prior_error
+            prior_error, _ = self._score(noise, v, l, coordinates, hidden_tasks)
+            reconstruction_loss = reconstruction_loss + self.network.prior_weight * prior_error.mean()
         return ICMOutput(
             loss=reconstruction_loss + self.config.kl_weight * kl_loss,
             reconstruction_loss=reconstruction_loss,
             kl_loss=kl_loss,
             squared_error=squared_error,
-            reconstruction=self.statistics.denormalize(decoded),
+            reconstruction=None if decoded is None else self.statistics.denormalize(decoded),
             latent_mean=mean,
             latent_logvar=logvar,
         )
+
+    def squared_error(
+        self, latent: Tensor, condition: Tensor, *, parameters: Tensor | None = None, coordinates: Tensor | None = None
+    ) -> Tensor:
+        """How far adapters lie from those that are decoded.
+
+        Args:
+            latent (`Tensor`): `[B, k]` z.
+            condition (`Tensor`): `[B, d]` task vectors.
+            parameters (`Tensor`, *optional*): `[B, P]` adapters, in their own units.
+            coordinates (`Tensor`, *optional*): `[B, r + 1]`, those of [`~ICMGenerator.project`], in the place of `parameters`.
+
+        Returns:
+            `Tensor`: `[B]`, mean squared error of each in pooled, normalised units.
+        """
+        l = None if parameters is None else self.statistics.normalize(parameters)
+        return self._score(latent, self.normalize_condition(condition), l, coordinates)[0]
 
     def normalize_condition(self, condition: Tensor) -> Tensor:
         """Task vectors `[B, d]` as the networks see them: projected and normalised, `[B, m]`."""
@@ -158,6 +178,25 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
             v = self.context(v, hidden_tasks)
         return self.network.decode(z.to(v.dtype), v).float()
 
+    def _encode(self, v: Tensor, l: Tensor | None, coordinates: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Posterior of z from normalised `[B, d]` with normalised `[B, P]` or coordinates `[B, r + 1]`, fp32."""
+        if coordinates is None:
+            mean, logvar = self.network.encode(l.to(self.dtype), v)  # type: ignore[union-attr]
+        else:
+            mean, logvar = self.network.encode_coordinates(coordinates[:, :-1].to(self.dtype), v)
+        return mean.float(), logvar.float()
+
+    def _score(
+        self, z: Tensor, v: Tensor, l: Tensor | None, coordinates: Tensor | None, hidden_tasks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`[B]` mean squared errors of what is decoded, and that, normalised `[B, P]`, where it is compared as such."""
+        if coordinates is None:
+            decoded = self._decode(z, v, hidden_tasks)
+            return (decoded - l).square().mean(1), decoded  # type: ignore[operator]
+        if self.context is not None:
+            v = self.context(v, hidden_tasks)
+        return self.network.coordinate_error(z.to(v.dtype), v, coordinates), None
+
     def decode(self, latent: Tensor, condition: Tensor) -> Tensor:
         """The mean of p(l | z, v) (Eq. 6).
 
@@ -172,11 +211,11 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         return self.statistics.denormalize(decoded, out=None if torch.is_grad_enabled() else decoded)
 
     @torch.no_grad()
-    def fit(self, parameters: Tensor, conditions: Tensor, tasks: Tensor | None = None) -> None:
+    def fit(self, parameters: Tensor | SnapshotMatrix, conditions: Tensor, tasks: Tensor | None = None) -> None:
         """Estimate what is not trained - condition space, statistics and principal subspace - from a training collection.
 
         Args:
-            parameters (`Tensor`): `[N, P]` snapshots of all tasks.
+            parameters (`Tensor` or [`SnapshotMatrix`]): `[N, P]` snapshots of all tasks; of a matrix, blocks are read in several passes.
             conditions (`Tensor`): `[M, d]` their task vectors.
             tasks (`Tensor`, *optional*): `[M]` index of the task of each, in the order of `config.tasks`; needed by a condition space.
 
@@ -189,23 +228,55 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
             self.space.fit(conditions, tasks)
             conditions = self.space(conditions)
         self.statistics.fit(parameters, conditions)
-        self.network.fit(self.statistics.normalize(parameters).to(self.dtype))
+        self.network.fit(self.normalized(parameters))
+
+    def normalized(self, parameters: Tensor | SnapshotMatrix) -> SnapshotMatrix:
+        """Snapshots `[N, P]` in pooled, normalised units, block by block."""
+        return SnapshotMatrix.of(parameters).normalized(*self.statistics.spread())
 
     @torch.no_grad()
-    def remember(self, parameters: Sequence[Tensor], conditions: Tensor) -> None:
+    def project(self, parameters: Tensor | SnapshotMatrix) -> Tensor:
+        """What the loss of a `"principal"` generator needs of adapters: their coordinates in its subspace, computed once.
+
+        Args:
+            parameters (`Tensor` or [`SnapshotMatrix`]): `[N, P]` adapters, in their own units; of a matrix, blocks are read in one pass.
+
+        Returns:
+            `Tensor`: `[N, r + 1]` fp32 on the CPU: r coordinates, one for each component in use, and the mean square of the rest.
+
+        Example:
+
+        ```python
+        >>> from peft_icm import ICMGenerator, bundled_generator
+        >>> generator = ICMGenerator.from_pretrained(bundled_generator("text"))
+        >>> condition = torch.randn(2, generator.config.condition_dim)
+        >>> adapters, z = generator.sample(condition), torch.zeros(2, generator.config.latent_size)
+        >>> one = generator(adapters, condition, noise=z)
+        >>> other = generator(coordinates=generator.project(adapters), condition=condition, noise=z)
+        >>> bool((one.squared_error - other.squared_error).abs().max() < 1e-5)
+        True
+
+        ```
+        """
+        blocks = self.normalized(parameters).rows("coordinates")
+        return torch.cat([self.network.project(block.to(self.device)).cpu() for _, block in blocks])
+
+    @torch.no_grad()
+    def remember(self, parameters: Iterable[Tensor], conditions: Tensor, *, projected: bool = False) -> None:
         """Refresh the context's (task vector, latent) pairs.
 
         Args:
-            parameters (`Sequence[Tensor]`): `[K, P]` snapshots of each task, in the order of `config.tasks`.
+            parameters (`Iterable[Tensor]`): `[K, P]` snapshots of each task, in the order of `config.tasks`; asked for one by one.
             conditions (`Tensor`): `[T, d]` mean task vector of each task.
+            projected (`bool`, defaults to `False`): Whether it is `[K, r + 1]`, as [`~ICMGenerator.project`] gives it, in their place.
         """
         if self.context is None:
             return
         v = self.normalize_condition(conditions)
         self.context.conditions.copy_(v)
         for index, snapshots in enumerate(parameters):
-            l = self.statistics.normalize(snapshots.to(self.device)).to(self.dtype)
-            mean, _ = self.network.encode(l, v[index].expand(len(l), -1))
+            rows, own = snapshots.to(self.device), v[index].expand(len(snapshots), -1)
+            mean, _ = self._encode(own, *((None, rows) if projected else (self.statistics.normalize(rows), None)))
             self.context.latents[index] = mean.mean(0)
 
     @torch.no_grad()

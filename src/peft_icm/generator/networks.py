@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapters.snapshots import SnapshotMatrix
 from .configuration_icm import ICMConfig
+from .subspace import principal_components
 
 
 class Statistics(nn.Module):
@@ -47,12 +49,22 @@ class Statistics(nn.Module):
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     @torch.no_grad()
-    def fit(self, parameters: Tensor, conditions: Tensor) -> None:
-        """Pool the statistics over snapshots `[N, P]` and task vectors `[M, d]`."""
-        for index, part in enumerate(parameters.float().split(self.sizes, dim=1)):
-            self.mean[index] = part.mean()
-            std = part.std(correction=0)
-            self.std[index] = std if std > 0 else 1.0
+    def fit(self, parameters: Tensor | SnapshotMatrix, conditions: Tensor) -> None:
+        """Pool the statistics over snapshots `[N, P]`, in one pass over them, and task vectors `[M, d]`."""
+        sizes = torch.tensor(self.sizes)
+        count, mean, squares = 0, torch.zeros(len(sizes), dtype=torch.float64), torch.zeros(len(sizes), dtype=torch.float64)
+        for _, block in SnapshotMatrix.of(parameters).rows("statistics"):  # blocks are put together as by Chan et al. (1979)
+            parts = block.split(self.sizes, dim=1)
+            sums = torch.stack([part.sum(1).double().sum() for part in parts])
+            variances = torch.stack([part.var(correction=0) for part in parts])
+            step, total = sums / (len(block) * sizes) - mean, count + len(block)
+            squares += (variances * len(block) + step.square() * count * len(block) / total) * sizes
+            mean += step * len(block) / total
+            count = total
+        std = (squares / (count * sizes)).sqrt()
+        varies = std > 1e-6 * mean.abs()  # below it lies the rounding of numbers that are equal
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(varies, std, torch.ones_like(std)))
         self.fit_conditions(conditions)
 
     @torch.no_grad()
@@ -176,29 +188,50 @@ class PrincipalNetwork(nn.Module):
         self.decoder = ResidualMLP(config.latent_size + hidden // 2, hidden, rank)
 
     @torch.no_grad()
-    def fit(self, parameters: Tensor) -> None:
-        """PCA of normalised snapshots `[N, P]` through their `[N, N]` Gram matrix in fp64; components past N - 1 stay zero.
-
-        In fp32 the rounding of the Gram matrix passes for a component where snapshots are nearly alike.
-        """
-        center = parameters.double().mean(0)
-        centered = parameters.double() - center
-        eigenvalues, vectors = torch.linalg.eigh(centered @ centered.T)
-        eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
-        rank = min(len(self.scale), len(parameters) - 1, int((eigenvalues > eigenvalues[0] * 1e-9).sum()))
-        singular = eigenvalues[:rank].sqrt()
-        self.center.copy_(center)
-        self.basis.zero_()
+    def fit(self, parameters: Tensor | SnapshotMatrix) -> None:
+        """PCA of normalised snapshots `[N, P]` ([`principal_components`]); components past N - 1 stay zero."""
+        rows = SnapshotMatrix.of(parameters)
+        singular = principal_components(rows, self.center, self.basis)
         self.scale.fill_(1.0)
-        self.basis[:rank] = ((vectors[:, :rank].T @ centered) / singular[:, None]).to(self.basis.dtype)
-        self.scale[:rank] = (singular / len(parameters) ** 0.5).to(self.scale.dtype)
+        self.scale[: len(singular)] = (singular / len(rows) ** 0.5).to(self.scale.dtype)
+
+    @torch.no_grad()
+    def project(self, parameters: Tensor) -> Tensor:
+        """What the loss needs of normalised adapters, without P: their coordinates, and how far from the subspace they lie.
+
+        Args:
+            parameters (`Tensor`): `[N, P]`; overwritten.
+
+        Returns:
+            `Tensor`: `[N, r + 1]` fp32: in each of the r components in use, which stand first, the coordinate a; the mean square of
+            the rest, which is orthogonal to them.
+        """
+        basis, scale = (part[self.basis.norm(dim=1) > 0].to(parameters.dtype) for part in (self.basis, self.scale))
+        parameters.sub_(self.center)
+        coordinates = parameters @ basis.T
+        rest = torch.addmm(parameters, coordinates, basis, alpha=-1, out=parameters).square_().mean(1)
+        return torch.cat([coordinates / scale, rest[:, None]], dim=1)
 
     def encode(self, parameters: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior of z (Eq. 3): `[B, P]`, `[B, d]` -> mean and log-variance, `[B, k]` each."""
-        coordinates = (parameters - self.center) @ self.basis.T / self.scale
+        return self.encode_coordinates((parameters - self.center) @ self.basis.T / self.scale, condition)
+
+    def encode_coordinates(self, coordinates: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of coordinates `[B, r]`."""
+        coordinates = F.pad(coordinates, (0, len(self.scale) - coordinates.shape[1]))
         hidden = torch.cat([coordinates, F.gelu(self.condition(condition))], dim=1)
         mean, logvar = self.encoder(hidden).chunk(2, dim=1)
         return mean, logvar
+
+    def coordinate_error(self, latent: Tensor, condition: Tensor, coordinates: Tensor) -> Tensor:
+        """`[B]`: the mean squared error of what [`~PrincipalNetwork.decode`] makes against adapters given as `[B, r + 1]`, fp32.
+
+        U is orthonormal, so that the squared error is that of the coordinates and the rest's.
+        """
+        decoded = self.decoder(torch.cat([latent, F.gelu(self.condition(condition))], dim=1)).float()
+        used = coordinates.shape[1] - 1
+        error = (decoded[:, :used] - coordinates[:, :-1]) * self.scale[:used]
+        return error.square().sum(1) / self.basis.shape[1] + coordinates[:, -1]
 
     def decode(self, latent: Tensor, condition: Tensor) -> Tensor:
         """Mean of l (Eq. 6): `[B, k]`, `[B, d]` -> `[B, P]`."""
@@ -242,10 +275,10 @@ class DirectNetwork(nn.Module):
         nn.init.constant_(bounded.weight, self.STARTING_SIZE)
         self.decoder = nn.Sequential(*steps, nn.Linear(hidden, rank), bounded)
 
-    def fit(self, parameters: Tensor) -> None:
+    def fit(self, parameters: Tensor | SnapshotMatrix) -> None:
         """Start at the mean of normalised adapters `[N, P]`; nothing else is estimated outside training."""
         with torch.no_grad():
-            self.center.copy_(parameters.float().mean(0))
+            self.center.copy_(SnapshotMatrix.of(parameters).average())
 
     def encode(self, parameters: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior of z (Eq. 3): `[B, P]`, `[B, d]` -> mean and log-variance, `[B, k]` each."""
@@ -307,7 +340,7 @@ class PaperNetwork(nn.Module):
         self.decoder = nn.Sequential(*(convolution(nn.ConvTranspose1d, i, o, stride) for i, o, stride in mirrored))
         self.output = nn.Conv1d(8, 1, kernel_size=7, padding=3)
 
-    def fit(self, parameters: Tensor) -> None:
+    def fit(self, parameters: Tensor | SnapshotMatrix) -> None:
         """Nothing is estimated outside training."""
 
     def encode(self, parameters: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..adapters.snapshots import MAX_MEMORY_BYTES
+
 OBJECTIVES = ("reconstruction", "task")
 
 
@@ -32,6 +34,8 @@ class ICMTrainingArguments(TrainingArguments):
             the spread of the collection's task vectors.
         leave_out_rate (`float`, defaults to 0.5): Share of episodes in which a task's own pair is hidden from the context.
         held_out (`float`, defaults to 0.2): Share of each task's snapshots that is kept for evaluation.
+        max_memory_bytes (`int`, defaults to 2 GiB): Memory for the snapshots that are read at a time, and what is computed from them,
+            while the generator is fitted: more reads fewer, longer pieces of the files. The generator itself comes on top.
 
         condition_dropout (`float`, defaults to 0.1): `"task"` only: share of samples that are trained without a condition. What the
             generator gives then is one LoRA for all tasks.
@@ -56,6 +60,7 @@ class ICMTrainingArguments(TrainingArguments):
     dataset_kwargs: dict[str, Any] = field(default_factory=dict)
     leave_out_rate: float = field(default=0.5)
     held_out: float = field(default=0.2)
+    max_memory_bytes: int = field(default=MAX_MEMORY_BYTES)
     kl_warmup_ratio: float = field(default=0.1)
 
     def __post_init__(self) -> None:
@@ -65,6 +70,8 @@ class ICMTrainingArguments(TrainingArguments):
             raise ValueError(f"max_handful={self.max_handful} must be at least 1.")
         if self.phrasings < 0:
             raise ValueError(f"phrasings={self.phrasings} must not be negative.")
+        if self.max_memory_bytes < 1:
+            raise ValueError(f"max_memory_bytes={self.max_memory_bytes} must be at least 1.")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is unknown: choose one of {', '.join(OBJECTIVES)}.")
         for name in ("leave_out_rate", "held_out", "kl_warmup_ratio", "condition_dropout"):

@@ -8,12 +8,13 @@ its task, with a condition that is drawn anew - the mean of a random handful of 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from ..adapters.snapshots import TaskSnapshots
 from ..generator.condition_space import ConditionSpace
 from .arguments import ICMTrainingArguments
 
@@ -30,19 +31,31 @@ class EpisodeDataset(Dataset[dict[str, Tensor]]):
     """Snapshots with conditions, context and noise that are a function of (seed, epoch, position) alone.
 
     That makes a run the same on one process or two, and the same when it is resumed.
+
+    Args:
+        snapshots (`Sequence[Tensor or TaskSnapshots]`): `[K, P]` of each task, or what stands for them.
+        task_vectors (`list[Tensor]`): `[M, d]` of each task.
+        args ([`ICMTrainingArguments`]): Seed, handful, noise.
+        latent_size (`int`): k.
+        batch_size (`int`): Samples in an episode.
+        space ([`ConditionSpace`], *optional*): What wording does to task vectors.
+        name (`str`, defaults to `"parameters"`): What a snapshot is called in a sample: `"coordinates"` where it is projected.
+        variances (`Sequence[Tensor]`, *optional*): `[K]` of each task, a `"variance"` for each sample.
     """
 
     def __init__(
         self,
-        snapshots: list[Tensor],
+        snapshots: Sequence[Tensor | TaskSnapshots],
         task_vectors: list[Tensor],
         args: ICMTrainingArguments,
         latent_size: int,
         batch_size: int,
         space: ConditionSpace | None = None,
+        name: str = "parameters",
+        variances: Sequence[Tensor] | None = None,
     ):
         self.snapshots, self.task_vectors, self.args, self.space = snapshots, task_vectors, args, space
-        self.latent_size, self.batch_size = latent_size, batch_size
+        self.latent_size, self.batch_size, self.name, self.variances = latent_size, batch_size, name, variances
         rows = torch.cat(task_vectors)
         self.unit_rows = bool((rows.norm(dim=1) - 1).abs().max() < 1e-3)
         self.spread = float((rows - rows.mean(0)).std(correction=0))
@@ -67,7 +80,8 @@ class EpisodeDataset(Dataset[dict[str, Tensor]]):
             episode = seeded(self.args.seed, epoch, "episode", position // self.batch_size)
             hide = bool(torch.rand((), generator=episode) < self.args.leave_out_rate)
         return {
-            "parameters": self.snapshots[task][snapshot],
+            self.name: self.snapshots[task][snapshot],
+            **({} if self.variances is None else {"variance": self.variances[task][snapshot]}),
             "condition": condition,
             "hidden_tasks": torch.tensor(task if hide else -1),
             "noise": noise,

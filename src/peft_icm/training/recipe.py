@@ -21,7 +21,8 @@ from .arguments import ICMTrainingArguments
 
 RECIPE = "recipe.json"
 LOCK = ".lock"
-# Where a run writes, what it says, and how long it is, since a run may be made longer; everything else may change what is learnt.
+# Where a run writes, what it says, what it may use, and how long it is, since a run may be made longer; everything else may change what is
+# learnt.
 _WITHOUT_EFFECT = (
     "output_dir",
     "logging",
@@ -36,6 +37,7 @@ _WITHOUT_EFFECT = (
     "trackio",
     "num_train_epochs",
     "max_steps",
+    "max_memory_bytes",
 )
 
 
@@ -66,7 +68,9 @@ def collection_sha256(collection: AdapterCollection) -> str:
         digest.update(task.encode())
         for tensor in (collection.snapshots[task], collection.task_vectors.get(task)):
             if tensor is not None:
-                digest.update(f"{tuple(tensor.shape)}".encode() + tensor.float().contiguous().numpy().tobytes())
+                digest.update(f"{tuple(tensor.shape)}".encode())
+                for row in tensor:
+                    digest.update(row.float().contiguous().numpy())
     return digest.hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor
 from transformers import EvalPrediction, Trainer
 
 from ..adapters.collection import AdapterCollection
+from ..adapters.snapshots import SnapshotMatrix, TaskSnapshots
 from ..conditioning import TaskEncoder
 from ..conditioning.spelling import words_of
 from ..generator.configuration_icm import ICMConfig
 from ..generator.modeling_icm import ICMGenerator
+from ..generator.networks import PrincipalNetwork
 from .arguments import ICMTrainingArguments
 from .conditions import Conditions, training_conditions
 from .episodes import EpisodeDataset, EpisodeSampler, held_out_mask
@@ -39,28 +42,26 @@ class Reconstruction:
         `ValueError`: If the collection has no task vectors or holds a value that is not finite, or the model has another layout.
     """
 
-    label_names = ("parameters",)
+    label_names = ("variance",)
     data_collator = None
 
     def __init__(
         self, model: ICMGenerator | ICMConfig, args: ICMTrainingArguments, collection: AdapterCollection, encoder: TaskEncoder | None
     ):
-        collection.__post_init__()  # its checks: tensors may have been changed in place since it was made
+        collection.__post_init__()  # its checks: tensors in memory may have been changed in place since it was made
         missing = [task for task in collection.tasks if task not in collection.task_vectors]
         if missing:
             raise ValueError(f"The collection has no task vectors for {missing[0]!r}: call collection.encode(encoder) first.")
         self.collection, self.args = collection, args
         self.reading: dict[str, Any] = (model.config.training or {}).get("reading", {}) if isinstance(model, ICMGenerator) else {}
-        snapshots = [collection.snapshots[task].float() for task in collection.tasks]
         reads = not isinstance(model, ICMGenerator) and condition_space(model, collection) != "none"
         conditions = training_conditions(collection, encoder, args.phrasings, args.seed, threshold=reads)
         vectors = conditions.rows
-        held = [held_out_mask(len(part), args.held_out) for part in snapshots]
-        train = [part[~mask] for part, mask in zip(snapshots, held, strict=True)]
-        test = [part[mask] for part, mask in zip(snapshots, held, strict=True)]
+        train, test = _split(collection, args)
+        fitted = not isinstance(model, ICMGenerator)
         if not isinstance(model, ICMGenerator):
             model = new_generator(collection, model, encoder, args.seed)
-            self.reading = fit(model, torch.cat(train), conditions)
+            self.reading = fit(model, train, conditions)
         if model.layout.fingerprint != collection.layout.fingerprint:
             raise ValueError(
                 f"The generator's layout is {model.layout.fingerprint}, the collection's {collection.layout.fingerprint}: they must be"
@@ -68,13 +69,28 @@ class Reconstruction:
             )
         self.generator = model
         self.train_vectors = torch.stack([part.mean(0) for part in vectors])
-        self.center = model.statistics.normalize(torch.cat(train)).mean(0)
         batch, size = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps, model.config.latent_size
         space = copy.deepcopy(model.space)  # samples are made on the CPU, wherever the generator is
         if space is not None:
             space.cpu()
-        self.train_dataset = EpisodeDataset(train, vectors, args, size, batch, space)
-        self.eval_dataset = EpisodeDataset(test, vectors, args, size, batch, space) if any(len(part) for part in test) else None
+        self.projects = isinstance(model.network, PrincipalNetwork)
+        episodes = functools.partial(
+            EpisodeDataset,
+            args=args,
+            latent_size=size,
+            batch_size=batch,
+            space=space,
+            name="coordinates" if self.projects else "parameters",
+        )
+        self.train_dataset, self.eval_dataset = episodes(train.parts, vectors), None
+        self.read = [(self.train_dataset, train)]
+        if len(test):
+            # The mean of what is trained on: of a principal subspace that was fitted just now, its centre.
+            center = model.network.center if fitted and self.projects else model.normalized(train).average()
+            variances = [block.sub_(center).square_().mean(1) for _, block in model.normalized(test).rows("variance")]
+            self.eval_dataset = episodes(test.parts, vectors, variances=_by_task(test, torch.cat(variances)))
+            self.read.append((self.eval_dataset, test))
+        self._project()
         if self.eval_dataset is None and args.eval_strategy != "no":
             logger.warning("No snapshot is held out (held_out=%g, one snapshot for each task?): nothing is evaluated.", args.held_out)
         self._parts: dict[str, tuple[Tensor, int]] = {}  # sums since the last log, and of how many steps
@@ -83,13 +99,30 @@ class Reconstruction:
         """The order of the episodes."""
         return EpisodeSampler(dataset, evaluate)
 
+    def _project(self) -> None:
+        """Where there is a subspace, put coordinates in the place of snapshots: no step depends on P then."""
+        if self.projects:
+            for dataset, matrix in self.read:
+                dataset.snapshots = _by_task(matrix, self.generator.project(matrix))
+            self.projected_on = self._some_columns()
+
+    def _some_columns(self) -> Tensor:
+        """Of the subspace: those of another one are others."""
+        return self.generator.network.basis[:, :: max(1, self.generator.layout.numel // 64)].cpu().clone()
+
+    def begin(self) -> None:
+        """Project again if the checkpoint that was loaded has another subspace, as one of another machine may."""
+        if self.projects and not torch.equal(self._some_columns(), self.projected_on):
+            self._project()
+
     def refresh(self) -> None:
         """Recompute the (task vector, latent) pairs of the context from the training snapshots."""
-        self.generator.remember(self.train_dataset.snapshots, self.train_vectors)
+        parts = (part[:] for part in self.train_dataset.snapshots)  # those on disk are read task by task
+        self.generator.remember(parts, self.train_vectors, projected=self.projects)
 
     def loss(self, trainer: Trainer, model: torch.nn.Module, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Any]:
         """Eq. 8 with the scheduled KL weight; keeps its two terms for the log."""
-        outputs = model(**inputs)
+        outputs = model(**{name: value for name, value in inputs.items() if name != "variance"})
         warmup = self.args.kl_warmup_ratio * trainer.state.max_steps
         ramp = min(1.0, trainer.state.global_step / warmup) if warmup and model.training else 1.0
         loss = outputs.reconstruction_loss + ramp * self.generator.config.kl_weight * outputs.kl_loss
@@ -112,17 +145,11 @@ class Reconstruction:
     def predict(self, trainer: Trainer, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any, Tensor]:
         """Errors of each held-out snapshot from the posterior, the prior and z = 0."""
         loss, outputs = self.loss(trainer, model, inputs, None)
-        l = self.generator.statistics.normalize(inputs["parameters"])
-        noise = inputs["noise"]
-
-        def error(z: Tensor) -> Tensor:
-            decoded = self.generator.decode(z, inputs["condition"])
-            return (self.generator.statistics.normalize(decoded) - l).square().mean(1)
-
+        noise, variance = inputs["noise"], inputs["variance"]
+        adapters = {name: inputs[name] for name in ("parameters", "coordinates") if name in inputs}
+        errors = [self.generator.squared_error(z, inputs["condition"], **adapters) for z in (noise, torch.zeros_like(noise))]
         kl = 0.5 * (outputs.latent_mean.square() + outputs.latent_logvar.exp() - 1 - outputs.latent_logvar).sum(1)
-        variance = (l - self.center.to(l.device)).square().mean(1)
-        errors = (outputs.squared_error, error(noise), error(torch.zeros_like(noise)))
-        return loss.detach(), (*errors, kl, variance, outputs.latent_mean), inputs["parameters"][:, 0]
+        return loss.detach(), (outputs.squared_error, *errors, kl, variance, outputs.latent_mean), variance
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Means over the held-out snapshots; a collapsed posterior is warned of."""
@@ -153,6 +180,22 @@ class Reconstruction:
                 if metrics
             ],
         }
+
+
+def _split(collection: AdapterCollection, args: ICMTrainingArguments) -> tuple[SnapshotMatrix, SnapshotMatrix]:
+    """Snapshots to train on, and those held out; none is read yet."""
+    parts: tuple[list[TaskSnapshots], list[TaskSnapshots]] = ([], [])
+    for task in collection.tasks:
+        held = held_out_mask(len(collection.snapshots[task]), args.held_out)
+        for rows, mask in zip(parts, (~held, held), strict=True):
+            rows.append(TaskSnapshots(collection.snapshots, task, mask.nonzero()[:, 0].tolist(), collection.layout))
+    bound, bars = args.max_memory_bytes, args.process_index == 0 and not args.disable_tqdm
+    return tuple(SnapshotMatrix(rows, collection.layout.numel, bound, progress=bars) for rows in parts)  # type: ignore[return-value]
+
+
+def _by_task(matrix: SnapshotMatrix, rows: Tensor) -> tuple[Tensor, ...]:
+    """What was computed of each row, task by task."""
+    return rows.split([len(part) for part in matrix.parts])
 
 
 def new_generator(collection: AdapterCollection, config: ICMConfig, encoder: TaskEncoder | None = None, seed: int = 0) -> ICMGenerator:
@@ -201,12 +244,12 @@ def condition_space(config: ICMConfig, collection: AdapterCollection) -> str:
     return config.condition_space or ("lda" if config.architecture != "paper" and len(collection.tasks) > 1 else "none")
 
 
-def fit(generator: ICMGenerator, parameters: Tensor, conditions: Conditions) -> dict[str, Any]:
+def fit(generator: ICMGenerator, parameters: Tensor | SnapshotMatrix, conditions: Conditions) -> dict[str, Any]:
     """Estimate everything about a new generator that is not trained, the threshold of what it knows among it.
 
     Args:
         generator ([`ICMGenerator`]): With fresh weights.
-        parameters (`Tensor`): `[N, P]` training snapshots of all tasks.
+        parameters (`Tensor` or [`SnapshotMatrix`]): `[N, P]` training snapshots of all tasks.
         conditions ([`Conditions`]): Their task vectors.
 
     Returns:

@@ -202,6 +202,9 @@ class ThroughTask:
             noise = torch.randn(len(self.means), self.generator.config.latent_size, generator=seeded(self.args.seed, "spread"))
             self.generator.network.measure(noise.to(self.generator.device), self.generator.normalize_condition(self.means))
 
+    def begin(self) -> None:
+        """Nothing to do before the first step."""
+
     def logged(self) -> dict[str, float]:
         """Nothing beside the loss."""
         return {}

@@ -41,6 +41,10 @@ class RefreshContext(TrainerCallback):
     def __init__(self, trainer: ICMTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A checkpoint is loaded by now."""
+        self.trainer.objective.begin()
+
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refresh at the first step of an epoch; a run resumed in mid-epoch has its pairs in the checkpoint."""
         steps = max(1, state.max_steps // max(1, round(state.num_train_epochs)))
