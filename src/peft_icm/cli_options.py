@@ -101,6 +101,7 @@ def train_options(p: argparse.ArgumentParser) -> None:
     own("--max-handful", "max_handful", "sentences, pictures or examples in a condition, at the most")
     own("--condition-noise", "condition_noise", "noise on a condition")
     own("--phrasings", "phrasings", "sentences that each task should have; one with fewer gets phrasings of those it has; 0 for none")
+    own("--max-memory-bytes", "max_memory_bytes", "memory for the snapshots that are read at a time")
     p.add_argument("--seed", type=int, default=0, help="seed of weights and episodes")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT.work")
     _token(p)

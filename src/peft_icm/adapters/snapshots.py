@@ -113,7 +113,7 @@ class TaskSnapshots:
     def __getitem__(self, index: Any) -> Tensor:
         """`[P]` of an index, `[k, P]` of a slice."""
         if not isinstance(index, slice):
-            return self[index : index + 1][0]
+            return self[index : index + 1 or None][0]
         numbers = self.numbers[index]
         first, stop = min(numbers, default=0), max(numbers, default=-1) + 1
         rows = self.snapshots[self.task][first:stop][[number - first for number in numbers]].float()

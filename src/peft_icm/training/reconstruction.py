@@ -83,13 +83,13 @@ class Reconstruction:
             name="coordinates" if self.projects else "parameters",
         )
         self.train_dataset, self.eval_dataset = episodes(train.parts, vectors), None
-        self.read = [(self.train_dataset, train)]
+        self.sources = [(self.train_dataset, train)]
         if len(test):
             # The mean of what is trained on: of a principal subspace that was fitted just now, its centre.
             center = model.network.center if fitted and self.projects else model.normalized(train).average()
             variances = [block.sub_(center).square_().mean(1) for _, block in model.normalized(test).rows("variance")]
             self.eval_dataset = episodes(test.parts, vectors, variances=_by_task(test, torch.cat(variances)))
-            self.read.append((self.eval_dataset, test))
+            self.sources.append((self.eval_dataset, test))
         self._project()
         if self.eval_dataset is None and args.eval_strategy != "no":
             logger.warning("No snapshot is held out (held_out=%g, one snapshot for each task?): nothing is evaluated.", args.held_out)
@@ -102,7 +102,7 @@ class Reconstruction:
     def _project(self) -> None:
         """Where there is a subspace, put coordinates in the place of snapshots: no step depends on P then."""
         if self.projects:
-            for dataset, matrix in self.read:
+            for dataset, matrix in self.sources:
                 dataset.snapshots = _by_task(matrix, self.generator.project(matrix))
             self.projected_on = self._some_columns()
 
