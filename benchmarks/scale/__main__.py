@@ -6,13 +6,13 @@
 Random snapshots in bf16 of real layouts, made from configurations on the meta device. Each stage runs in a process of its own on one
 thread. Its time is the least of several turns, its peak that of the resident set beyond what the process had at first:
 
-- gather: a collection is made of what tasks hand over, and saved
+- gather: a collection is made of what tasks hand over, and saved, to the disk itself
 - fit: the collection is opened, statistics and subspace are estimated
 - step: one step of training, at the default batch of 36 snapshots
 - load: `from_pretrained` of a generator in bf16, its hash checked
 - decode: `generate_state_dict`
 - attach: `generate_adapter`, on a base every weight of which is one zero
-- save: `save_adapter`
+- save: `save_adapter`, to the disk itself
 
 The slope of a curve is that of a line through its three largest sizes, both axes logarithmic; above 1.1 it is a defect. What takes more
 than 6 GiB or 4 minutes is left out, and said. Files come from the system's cache; the limit beside the curves is what the disk takes to

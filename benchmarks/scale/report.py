@@ -27,7 +27,7 @@ LORA_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + 2 / 64, "int4": 0.5 + 2 / 64}  #
 def slope(sizes: list[float], values: list[float]) -> float | None:
     """Of a line through the last three points, both axes logarithmic; None for less than two."""
     x, y = (torch.tensor(part[-3:], dtype=torch.float64).log() for part in (sizes, values))
-    return round(float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()), 2) if len(x) > 1 else None
+    return round(float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()), 2) + 0.0 if len(x) > 1 else None
 
 
 def lines(points: list[dict[str, Any]], stage: str, field: str) -> tuple[list[float], list[float]]:
@@ -113,7 +113,7 @@ def markdown(result: dict[str, Any]) -> str:
         left = [f"{stage} at {point['size']:,} ({why})" for stage in STAGES for point in points
                 if (why := point["stages"][stage].get("left_out"))]  # fmt: skip
         largest = {stage: f"{max(sizes):,}" for stage in SHOWN if (sizes := lines(points, stage, "seconds")[0])}
-        parts += ["", f"{along} are those of {'; '.join(point['case'] for point in points)}.", ""]
+        parts += ["", f"Sizes of {along}: {'; '.join(point['case'] for point in points)}.", ""]
         parts += ["Left out: " + ("; ".join(left) or "nothing") + ".", ""]
         parts += ["Largest measured: " + ", ".join(f"{stage} {size}" for stage, size in largest.items()) + ".", ""]
     parts += [f"Defects, slopes above {DEFECT}: " + ("; ".join(result["defects"]) or "none") + ".", ""]

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import multiprocessing
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -136,12 +137,25 @@ def loaded(case: Case) -> ICMGenerator:
     return ICMGenerator.from_pretrained(case.folder / "generator")
 
 
+def flush(folder: Path) -> None:
+    """Wait for the disk: small files alone would only reach the system's cache."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+
+
 # Each makes ready, and yields what is timed for each turn; a number that it returns takes the place of the clock's.
 def gather(case: Case) -> Iterator[Callable[[], Any]]:
     noise = Noise(case)
     texts, vectors = {name: [name] for name in case.names}, {name: torch.randn(CONDITIONS, DIM) for name in case.names}
+
+    def collect() -> None:
+        AdapterCollection(case.layout, noise, texts, vectors).save_pretrained(case.folder / "collection")  # type: ignore[arg-type]
+        flush(case.folder / "collection")
+
     while True:
-        yield lambda: AdapterCollection(case.layout, noise, texts, vectors).save_pretrained(case.folder / "collection")  # type: ignore[arg-type]
+        yield collect
 
 
 def fit(case: Case) -> Iterator[Callable[[], Any]]:
@@ -190,7 +204,7 @@ def attach(case: Case) -> Iterator[Callable[[], Any]]:
 def save(case: Case) -> Iterator[Callable[[], Any]]:
     model = loaded(case).generate_adapter(base_model=case.model(), task_vector=torch.randn(DIM))
     while True:
-        yield lambda: save_adapter(model, case.folder / "adapter")
+        yield lambda: flush(save_adapter(model, case.folder / "adapter"))
 
 
 STAGES: dict[str, Callable[[Case], Iterator[Callable[[], Any]]]] = {
