@@ -64,7 +64,7 @@ def test_the_peak_is_that_of_the_stage_and_what_does_not_fit_is_said(case, monke
 def test_slopes_and_defects():
     sizes = [1, 10, 100, 1000, 10_000]
     assert slope(sizes, [5, 5, 1, 10, 100]) == 1.0  # of the last three
-    assert slope(sizes[:2], [1, 100]) == 2.0 and slope([1], [1]) is None
+    assert slope(sizes[:3], [1, 100, 10_000]) == 2.0 and slope(sizes[:2], [1, 100]) is None
     found = {"P": {"fit": {"seconds": 1.11, "peak": 1.1}, "step": {"seconds": None, "peak": 0.0}}}
     assert defects(found) == ["fit: time grows with P to the power 1.11"]
 

@@ -4,7 +4,8 @@
     python -m benchmarks.scale --quick -o FOLDER   # two small sizes of each
 
 Random snapshots in bf16 of real layouts, made from configurations on the meta device. Each stage runs in a process of its own on one
-thread. Its time is the least of several turns, its peak that of the resident set beyond what the process had at first:
+thread. Its time is the least of several turns, its peak that of the resident set, files that are mapped among it, beyond what the process
+had at first:
 
 - gather: a collection is made of what tasks hand over, and saved, to the disk itself
 - fit: the collection is opened, statistics and subspace are estimated

@@ -25,9 +25,11 @@ LORA_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + 2 / 64, "int4": 0.5 + 2 / 64}  #
 
 
 def slope(sizes: list[float], values: list[float]) -> float | None:
-    """Of a line through the last three points, both axes logarithmic; None for less than two."""
+    """Of a line through the last three points, both axes logarithmic; None where there are fewer."""
+    if len(sizes) < 3:
+        return None
     x, y = (torch.tensor(part[-3:], dtype=torch.float64).log() for part in (sizes, values))
-    return round(float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()), 2) + 0.0 if len(x) > 1 else None
+    return round(float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()), 2) + 0.0
 
 
 def lines(points: list[dict[str, Any]], stage: str, field: str) -> tuple[list[float], list[float]]:
@@ -98,6 +100,10 @@ def on_a_gpu() -> dict[str, Any]:
     }
 
 
+def shown(steep: float | None) -> str:
+    return "-" if steep is None else f"{steep:.2f}"
+
+
 def cell(found: dict[str, Any]) -> str:
     return f"{found['seconds']:.3g} s, {found['peak'] / 2**20:,.0f} MiB" if "seconds" in found else "-"
 
@@ -109,7 +115,7 @@ def markdown(result: dict[str, Any]) -> str:
         parts += [f"| {along} | " + " | ".join(SHOWN) + " |", "|---" * (len(SHOWN) + 1) + "|"]
         parts += [f"| {point['size']:,} | " + " | ".join(cell(point["stages"][stage]) for stage in SHOWN) + " |" for point in points]
         told = [result["slopes"][along][stage] for stage in SHOWN]
-        parts += ["| slopes of time, memory | " + " | ".join(f"{one['seconds']}, {one['peak']}" for one in told) + " |"]
+        parts += ["| slopes of time, memory | " + " | ".join(f"{shown(one['seconds'])}, {shown(one['peak'])}" for one in told) + " |"]
         left = [f"{stage} at {point['size']:,} ({why})" for stage in STAGES for point in points
                 if (why := point["stages"][stage].get("left_out"))]  # fmt: skip
         largest = {stage: f"{max(sizes):,}" for stage in SHOWN if (sizes := lines(points, stage, "seconds")[0])}
@@ -140,7 +146,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
                 sizes, values = lines(points, stage, field)
                 if sizes:
                     steep = result["slopes"][along][stage][field]
-                    axes.plot(sizes, [value / unit for value in values], marker="o", markersize=4, label=f"{stage}  {steep}")
+                    axes.plot(sizes, [value / unit for value in values], marker="o", markersize=4, label=f"{stage}  {shown(steep)}")
             for kind, style in (("collection", "--"), ("generator", ":")):
                 unit, label = (result["read_bytes_per_second"], f"{kind}, read once") if row == 0 else (GIB, f"{kind}, its size")
                 limit = [point[f"{kind}_bytes"] / unit for point in points]

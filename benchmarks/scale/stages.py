@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import itertools
 import multiprocessing
 import os
@@ -225,6 +226,7 @@ def run(stage: str, case: Case, answer: Any) -> None:
     before, seconds, peak = memory("VmRSS"), [], 0
     try:
         for action in itertools.islice(STAGES[stage](case), TURNS):
+            gc.collect()  # what the turn before left in cycles, such as a trainer
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
             start = time.perf_counter()
             own = action()
