@@ -48,6 +48,17 @@ def seconds(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def facts(command: str) -> dict:
+    """What a result says of its run."""
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        "seed": 0,
+    }
+
+
 def bundled() -> tuple[ICMGenerator, PeftModel, dict]:
     generator = ICMGenerator.from_pretrained(bundled_generator("text"), dtype=torch.float32)
     return generator, generator.generate_adapter("continue a Shakespeare play"), {"text": "continue a Shakespeare play"}
@@ -120,13 +131,7 @@ def main() -> None:
     torch.manual_seed(0)
     transformers.logging.disable_progress_bar()
     everything = torch.get_num_threads()
-    result: dict = {
-        "command": "python benchmarks/generate.py",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {everything} threads",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
-        "seed": 0,
-    }
+    result = facts("python benchmarks/generate.py")
     for threads in tqdm(sorted({1, everything}), desc="threads"):
         torch.set_num_threads(threads)
         for name, build in (("bundled", bundled), ("SmolLM2 shape", smollm2)):

@@ -1,6 +1,7 @@
 """Task encoders: what they compute, that they travel, and that another one is refused."""
 
 import json
+import weakref
 
 import open_clip
 import pytest
@@ -11,10 +12,11 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import FLORENCE_TARGETS, TEXTS, florence_processor, florence_reader, generator, llama, tokenizer
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Llama4ForCausalLM, Llama4TextConfig, T5Config, T5Model
 
 from peft_icm import load_task_encoder
-from peft_icm.conditioning import ClipEncoder, HiddenStateEncoder, SentenceEncoder
+from peft_icm.conditioning import ClipEncoder, HiddenStateEncoder, SentenceEncoder, StatisticsEncoder
+from peft_icm.conditioning.base import MAX_TOKENS
 
 CLIP = {
     "embed_dim": 8,
@@ -208,6 +210,79 @@ class TestHiddenState:
                 torch.nn.init.normal_(parameter)
         adapted = HiddenStateEncoder(model, plain.processor, "tiny")
         torch.testing.assert_close(adapted.encode(TEXTS), expected)
+
+
+def language_model(kind, layers=6):
+    """A base of random weights that reads `tokenizer()`."""
+    torch.manual_seed(0)
+    words, heads = {"vocab_size": len(tokenizer())}, {"num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"hidden_size": 16, "num_hidden_layers": layers, "intermediate_size": 32}
+    if kind == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=layers, n_head=2, bos_token_id=0, eos_token_id=1, **words))
+    if kind == "t5":
+        return T5Model(T5Config(d_model=16, d_ff=32, d_kv=8, num_layers=layers, num_heads=2, **words))
+    if kind == "llama4":  # its base_model is itself
+        config = Llama4TextConfig(intermediate_size_mlp=32, head_dim=8, num_local_experts=2, **sizes, **heads, **words)
+        return Llama4ForCausalLM(config)
+    return llama(layers, **words)
+
+
+def most_states_at_once(layers):
+    """Counts, while a model reads, how many of its layers' states are held at the same time: a list of one number, the most so far."""
+    alive, most = [], [0]
+
+    def count(layer, inputs, output):
+        alive.append(weakref.ref(output[0] if isinstance(output, tuple) else output))
+        most[0] = max(most[0], sum(state() is not None for state in alive))
+
+    for layer in layers:
+        layer.register_forward_hook(count)
+    return most
+
+
+class TestMemory:
+    """What a base takes to read many texts: no logits, the states of one layer, so many tokens at once."""
+
+    @pytest.mark.parametrize("adapted", [False, True])
+    @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "llama4"])
+    def test_neither_the_head_nor_the_states_of_all_layers(self, kind, adapted):
+        model = language_model(kind)
+        layers = {"gpt2": lambda: model.transformer.h, "t5": lambda: model.encoder.block}.get(kind, lambda: model.model.layers)()
+        encoder = HiddenStateEncoder(model, tokenizer(), "tiny")
+        expected = encoder.encode(TEXTS)
+        if adapted:
+            target = {"gpt2": "c_attn", "t5": "q"}.get(kind, "q_proj")
+            model = get_peft_model(model, LoraConfig(r=2, target_modules=[target], init_lora_weights=False, fan_in_fan_out=kind == "gpt2"))
+            encoder = HiddenStateEncoder(model, tokenizer(), "tiny")
+        head = model.get_output_embeddings()
+        if head is not None:
+            head.register_forward_hook(lambda *arguments: pytest.fail("the head was run"))
+        most = most_states_at_once(layers)
+        torch.testing.assert_close(encoder.encode(TEXTS), expected, rtol=0, atol=0)
+        assert most[0] <= 2, "a layer's input and its output"
+
+    def test_statistics_are_of_all_layers(self):
+        model = language_model("llama")
+        most = most_states_at_once(model.model.layers)
+        assert StatisticsEncoder(model, tokenizer(), "tiny").encode(TEXTS).shape == (3, 2 * 7 * 16)
+        assert most[0] == 6
+
+    def test_so_many_tokens_at_once(self):
+        model, sizes = language_model("llama", layers=1), []
+        model.model.layers[0].register_forward_hook(lambda layer, inputs, output: sizes.append(tuple(inputs[0].shape[:2])))
+        encoder = HiddenStateEncoder(model, tokenizer(), "tiny")
+        rows = encoder.encode(["x" * 40] * 70 + ["x" * 1024] * 20 + ["x" * 3000])
+        # Six short ones are padded to the ten beside them; of the last text the model's 2,048 tokens are read.
+        assert sizes == [(64, 40), (16, 1024), (10, 1024), (1, 2048)] and MAX_TOKENS == 16 * 1024
+        torch.testing.assert_close(rows[:1].expand(70, -1), rows[:70], rtol=1e-4, atol=1e-5)
+
+    def test_so_many_tokens_of_pictures_at_once(self, tmp_path):
+        encoder, counts = florence_encoder(tmp_path), []
+        encoder.model.get_encoder().register_forward_hook(lambda module, inputs, output: counts.append(len(output[0])))
+        assert encoder.picture_tokens == 17
+        encoder.picture_tokens = MAX_TOKENS // 2
+        encoder.encode(pictures())
+        assert counts == [2, 1]
 
 
 class TestHiddenStateOfPictures:

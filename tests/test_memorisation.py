@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import weakref
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tiny import CONDITION_DIM, generator, llama_layout, llama_lora
 
 from peft_icm import AdapterCollection, AdapterLayout, ICMTrainer
 from peft_icm.adapters.fidelity import cosine, relative_error
+from peft_icm.evaluation import memorisation
 from peft_icm.evaluation.memorisation import memorisation_report, plot_memorisation
 
 
@@ -119,6 +122,38 @@ def test_a_trained_generator_is_nearer_than_an_untrained_one(tmp_path):
         values = [abs(values[i, j].item()) for i in range(3) for j in range(3) if i != j]
         expected = {"mean_absolute": sum(values) / 6, "max_absolute": max(values)}
         assert report["cosines"][name] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+class Passing(Mapping):
+    """Snapshots that are made anew whenever they are asked for, and the most of them that were held at once."""
+
+    def __init__(self, layout, names):
+        self.layout, self.names, self.alive, self.most, self.read = layout, names, [], 0, 0
+
+    def __getitem__(self, name):
+        snapshots = torch.randn(3, self.layout.numel, generator=torch.Generator().manual_seed(self.names.index(name)))
+        self.alive = [other for other in self.alive if other() is not None] + [weakref.ref(snapshots)]
+        self.most, self.read = max(self.most, len(self.alive)), self.read + 1
+        return snapshots
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
+def test_blocks_of_tasks_and_snapshots_that_pass_by(monkeypatch):
+    layout, names = llama_layout(), [f"task{index}" for index in range(9)]
+    model, vectors = generator(), {name: torch.randn(1, CONDITION_DIM) for name in names}
+    passing = Passing(layout, names)
+    whole = memorisation_report(model, AdapterCollection(layout, dict(passing), {}, vectors), seeds=[0, 1])
+    collection = AdapterCollection(layout, passing, {}, vectors)
+    monkeypatch.setattr(memorisation, "_HELD", 2 * (3 + 2) * layout.numel)  # two tasks, their snapshots and two seeds
+    passing.alive, passing.most, passing.read = [], 0, 0
+    assert memorisation_report(model, collection, seeds=[0, 1]) == whole
+    assert passing.read == 9 + 9 + 5 * 9, "once to check, once to be held, and once for each of five blocks"
+    assert passing.most <= 3, "two to become a block or the one that passes by, and the one before it"
 
 
 class TestRefuses:

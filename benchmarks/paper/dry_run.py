@@ -125,16 +125,22 @@ def meta_lora(base: str, rank: int, vocabulary: int | None = None) -> PeftModel:
 
     ```
     """
-    if base not in FAMILIES:
-        raise ValueError(f"base={base!r} is unknown: choose one of {', '.join(FAMILIES)}.")
-    words = vocabulary or VOCABULARY[base]
+    model = meta_base(base, vocabulary)
     lora = LoraConfig(r=rank, target_modules=list(FAMILIES[base].lora["target_modules"]), task_type="CAUSAL_LM" if base == LLAMA else None)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of peft, about merging a LoRA on the tied lm_head: nothing is merged here
-        model = _llama(words) if base == LLAMA else _florence(words)
-        wrapped = get_peft_model(model.to(torch.bfloat16), lora, low_cpu_mem_usage=True)
+        wrapped = get_peft_model(model, lora, low_cpu_mem_usage=True)
     assert isinstance(wrapped, PeftModel)
     return wrapped
+
+
+def meta_base(base: str, vocabulary: int | None = None) -> Any:
+    """A base of the paper in bf16, on the meta device: see [`meta_lora`]."""
+    if base not in FAMILIES:
+        raise ValueError(f"base={base!r} is unknown: choose one of {', '.join(FAMILIES)}.")
+    words = vocabulary or VOCABULARY[base]
+    with torch.device("meta"):
+        return (_llama(words) if base == LLAMA else _florence(words)).to(torch.bfloat16)
 
 
 def _llama(vocabulary: int) -> nn.Module:

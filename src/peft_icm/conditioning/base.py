@@ -21,6 +21,7 @@ from ..pictures import Picture, open_picture
 
 logger = logging.getLogger(__name__)
 
+MAX_TOKENS = 2**14  # of a forward pass, padding among them: 16 texts of 1,024
 Item = str | Image.Image
 READS: dict[str, tuple[type, str]] = {  # argument -> what its items are
     "text": (str, "non-empty strings"),
@@ -48,6 +49,7 @@ class TaskEncoder(ABC):
             of the kind, JSON-able.
         options (`tuple[str, ...]`): What `from_pretrained` takes out of a config, beside the checkpoint.
         max_tokens (`int`, *optional*): Tokens of a text that are read; `None` where there is no limit.
+        picture_tokens (`int`, defaults to 1): Tokens that a picture becomes, where these are what its reading takes memory for.
     """
 
     kind: ClassVar[str]
@@ -55,6 +57,7 @@ class TaskEncoder(ABC):
     accepts: tuple[str, ...]
     config: dict[str, Any]
     max_tokens: int | None
+    picture_tokens: int = 1
     model: Any
 
     @classmethod
@@ -116,7 +119,8 @@ class TaskEncoder(ABC):
         Args:
             items (`Sequence[str]` or `Sequence[PIL.Image.Image]`): All non-empty strings or, where `accepts` has `"images"`, all
                 pictures. A path is a string like any other: see [`open_images`].
-            batch_size (`int`, defaults to 64): Items in a forward pass.
+            batch_size (`int`, defaults to 64): Items in a forward pass at most; fewer where they have more than 16,384 tokens, padding
+                among them.
 
         Returns:
             `Tensor`: `[len(items), dim]` fp32 on the CPU, one row for each item. Of unit length, except for `hidden_state`.
@@ -136,11 +140,11 @@ class TaskEncoder(ABC):
                 raise ValueError(f"{expected}, found both in one list: encode them apart.")
             if isinstance(item, str) and item.encode(errors="ignore").decode() != item:
                 raise ValueError(f"{item!r} has a surrogate, half of a character: pass text that can be written in UTF-8.")
-        if isinstance(items[0], str):
-            self._check_lengths([str(item) for item in items])
+        texts = [item for item in items if isinstance(item, str)]  # all of them or none
+        sizes = self._check_lengths(texts) if texts else [self.picture_tokens] * len(items)
         rows = []
-        for start in range(0, len(items), batch_size):
-            batch = [item if isinstance(item, str) else open_picture(item) for item in items[start : start + batch_size]]
+        for part in _batches(sizes, batch_size):
+            batch = [item if isinstance(item, str) else open_picture(item) for item in items[part]]
             rows.append(self._embed(batch).float().cpu())
         vectors = torch.cat(rows).clone()
         if not vectors.isfinite().all():
@@ -165,7 +169,8 @@ class TaskEncoder(ABC):
         """
         return self.encode(items)
 
-    def _check_lengths(self, texts: list[str]) -> None:
+    def _check_lengths(self, texts: list[str]) -> list[int]:
+        """Tokens of each text that are read."""
         counts = self.count_tokens(texts)
         if 0 in counts:
             raise ValueError(f"{texts[counts.index(0)][:80]!r} has no token for the {self.kind} encoder: pass a text with words.")
@@ -178,6 +183,7 @@ class TaskEncoder(ABC):
                 self.kind,
                 max(counts),
             )
+        return [min(count, self.max_tokens or count) for count in counts]
 
     def average(self, rows: Tensor) -> Tensor:
         """The one task vector of several.
@@ -189,6 +195,17 @@ class TaskEncoder(ABC):
             `Tensor`: `[dim]`: their mean, of unit length as they are.
         """
         return F.normalize(rows.mean(0), dim=0)
+
+
+def _batches(sizes: Sequence[int], batch_size: int) -> Iterator[slice]:
+    """Parts of a list whose items have these many tokens, in its order: `batch_size` items and `MAX_TOKENS` tokens each, or one item."""
+    start, longest = 0, 0
+    for stop, size in enumerate(sizes):
+        longest = max(longest, size)
+        if stop > start and (stop - start == batch_size or (stop - start + 1) * longest > MAX_TOKENS):
+            yield slice(start, stop)
+            start, longest = stop, size
+    yield slice(start, len(sizes))
 
 
 def open_images(images: Sequence[Picture]) -> list[Image.Image]:

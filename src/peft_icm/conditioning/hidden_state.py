@@ -65,6 +65,7 @@ class HiddenStateEncoder(TaskEncoder):
             raise ValueError(f"{checkpoint} has no decoder of its own: pass its tokenizer, and it reads examples.")
         self.accepts = ("images",) if sees else ("examples",)
         self.max_tokens = None if isinstance(processor, ProcessorMixin) else context_length(base.config, processor)
+        self.picture_tokens = getattr(processor, "num_image_tokens", 1)
         if isinstance(processor, PreTrainedTokenizerBase) and processor.pad_token_id is None:
             processor.pad_token = processor.eos_token
         self.config = {
@@ -137,19 +138,20 @@ class HiddenStateEncoder(TaskEncoder):
 
     def _read(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """States `[n, T, d]` of the texts, and where each ends."""
-        layers, mask = self._layers(texts)
+        output, mask = self._body(texts)
         positions = torch.arange(mask.shape[1], device=mask.device)
-        return layers[-1], (mask * positions).argmax(1)  # right whichever side the padding is on
+        return output.last_hidden_state, (mask * positions).argmax(1)  # right whichever side the padding is on
 
-    def _layers(self, texts: list[str]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """States `[n, T, d]` of the texts after each layer, the embeddings first, and `[n, T]` which of them are of tokens."""
+    def _body(self, texts: list[str], **options: Any) -> tuple[Any, Tensor]:
+        """What the model without its head makes of the texts, and `[n, T]` which of its states are of tokens."""
         cut: dict[str, Any] = {"truncation": self.max_tokens is not None, "max_length": self.max_tokens}
         batch = self.processor(texts, padding=True, return_tensors="pt", **cut).to(self.model.device)
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        # Without the head: logits of a whole vocabulary, for each token, would be thrown away.
-        model = base.get_encoder() if base.config.is_encoder_decoder else base.base_model
-        return model(**inputs, output_hidden_states=True).hidden_states, batch["attention_mask"]
+        # Without the head: logits of a whole vocabulary, for each token, would be thrown away. `base_model` of a Llama 4 is itself.
+        body = base.get_encoder() if base.config.is_encoder_decoder else base.base_model
+        body = getattr(base, "model", base) if body is base else body
+        mask = batch["attention_mask"]
+        return body(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, **options), mask
 
     def _look(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
         """States `[n, T, d]` of the answers about the pictures, and where each ends."""

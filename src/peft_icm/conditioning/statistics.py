@@ -32,10 +32,10 @@ class StatisticsEncoder(HiddenStateEncoder):
             return self._states(items) if self.accepts == ("examples",) else self._tokens(items)
 
     def _states(self, texts: list[str]) -> Tensor:
-        layers, tokens = self._layers(texts)
+        output, tokens = self._body(texts, output_hidden_states=True)
         mask = tokens[..., None].float()
         parts = []
-        for layer in layers:
+        for layer in output.hidden_states:  # the embeddings first
             mean = (layer.float() * mask).sum(1) / mask.sum(1)
             deviation = (((layer.float() - mean[:, None]).square() * mask).sum(1) / mask.sum(1)).sqrt()
             parts += [mean, deviation]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..adapters.collection import AdapterCollection
 from ..adapters.fidelity import cosine, distances, norms
-from ..adapters.layout import AdapterLayout
 from ..baselines.base import AdapterSource
 from .figures import plot_bars
 
 _DIGITS = 6  # below lies what a difference of equal norms leaves (see fidelity.distances)
+_HELD = 2**28  # numbers of the adapters that are held while those of all tasks pass by: 1 GiB in fp32
 _MEASURES = ("nearest_snapshot", "nearest_is_own_task", "between_snapshots", "to_own", "mode_to_own", "spread")
 _BARS = {
     "nearest_snapshot": "generated to the nearest snapshot",
@@ -42,6 +42,9 @@ def memorisation_report(
     - `spread`: between two generated adapters, mean over pairs of seeds; `None` for one seed.
     - `cosines`: between adapters of different tasks, mean of the absolute value and largest one; of the own LoRAs, and of those
       generated with the first seed. `None` for one task.
+
+    Snapshots are read a task at a time: all of them once for each GiB (in fp32) that they and the generated adapters come to, and that GiB
+    is what is held beside one task.
 
     Args:
         generator ([`AdapterSource`]): Has a `layout` and draws with `sample(condition, num_samples, generator, temperature)`.
@@ -71,45 +74,93 @@ def memorisation_report(
 
     ```
     """
-    _check(generator, collection, seeds)
-    layout = generator.layout
-    snapshots = torch.cat(list(collection.snapshots.values()))
-    rows, firsts, start = [], [], 0
-    for task, own_snapshots in collection.snapshots.items():
-        stop = start + len(own_snapshots)
-        condition, own = collection.task_vectors[task][0], own_snapshots[-1:]
-        drawn = _sample(generator, condition, seeds)
-        mode = _sample(generator, condition, [0], temperature=0.0)
-        unit = norms(layout, own).item()
-        nearest, where = distances(layout, drawn, snapshots).min(1)
-        others = distances(layout, own_snapshots, snapshots)
-        others[torch.arange(stop - start), torch.arange(start, stop)] = torch.inf
-        pairs = _different(distances(layout, drawn, drawn))
-        row = {
-            "nearest_snapshot": nearest.mean() / unit,
-            "nearest_is_own_task": ((where >= start) & (where < stop)).double().mean(),
-            "between_snapshots": others.amin(1).mean() / unit,
-            "to_own": distances(layout, drawn, own).mean() / unit,
-            "mode_to_own": distances(layout, mode, own).mean() / unit,
-            "spread": pairs.mean() / unit if len(pairs) else None,
-        }
-        rows.append(_with_ratio({name: None if value is None else round(float(value), _DIGITS) for name, value in row.items()}))
-        firsts.append(drawn[0])
-        start = stop
+    sizes = _check(generator, collection, seeds)
+    layout, tasks = generator.layout, list(sizes)
+    cosines = {name: torch.zeros(len(tasks), len(tasks), dtype=torch.float64) for name in ("own", "generated")}
+    rows: list[dict[str, float | None]] = []
+    for names in _blocks({task: (size + len(seeds)) * layout.numel for task, size in sizes.items()}):
+        block, held = _Block(generator, collection, names, seeds), slice(len(rows), len(rows) + len(names))
+        for index, (task, snapshots) in enumerate(collection.snapshots.items()):
+            block.meet(task, snapshots)
+            first = block.first(task) if task in names else _sample(generator, collection.task_vectors[task][0], seeds[:1])
+            cosines["own"][held, index] = cosine(layout, block.own, snapshots[-1:])[:, 0]
+            cosines["generated"][held, index] = cosine(layout, block.drawn[:: len(seeds)], first)[:, 0]
+        rows += block.rows()
     columns = {name: [value for row in rows if (value := row[name]) is not None] for name in _MEASURES}
     mean = {name: round(sum(values) / len(values), _DIGITS) if values else None for name, values in columns.items()}
-    own_loras = torch.stack([collection.final(task) for task in collection.tasks])
-    sizes = [len(collection.snapshots[task]) for task in collection.tasks]
     return {
-        "tasks": [{"name": task, "snapshots": size, **row} for task, size, row in zip(collection.tasks, sizes, rows, strict=True)],
+        "tasks": [{"name": task, "snapshots": size, **row} for (task, size), row in zip(sizes.items(), rows, strict=True)],
         "mean": _with_ratio(mean),
-        "cosines": {"own": _cosines(layout, own_loras), "generated": _cosines(layout, torch.stack(firsts))},
-        "snapshots": len(snapshots),
+        "cosines": {name: _summary(values) for name, values in cosines.items()},
+        "snapshots": sum(sizes.values()),
         "seeds": list(seeds),
     }
 
 
-def _check(generator: AdapterSource, collection: AdapterCollection, seeds: Sequence[int]) -> None:
+class _Block:
+    """Snapshots of some tasks and what is generated for these, held while the snapshots of all tasks pass by."""
+
+    def __init__(self, generator: AdapterSource, collection: AdapterCollection, tasks: Sequence[str], seeds: Sequence[int]):
+        conditions = [collection.task_vectors[task][0] for task in tasks]
+        parts = [collection.snapshots[task] for task in tasks]
+        self.layout, self.tasks, self.sizes, self.seeds = generator.layout, tasks, [len(part) for part in parts], len(seeds)
+        self.snapshots = torch.cat(parts)
+        self.drawn = torch.cat([_sample(generator, condition, seeds) for condition in conditions])
+        self.modes = torch.cat([_sample(generator, condition, [0], temperature=0.0) for condition in conditions])
+        self.own = torch.stack([part[-1] for part in parts])
+        self.nearest = torch.full((len(self.drawn),), torch.inf, dtype=torch.float64)
+        self.whose = [""] * len(self.drawn)  # the task of the nearest snapshot
+        self.others = torch.full((len(self.snapshots),), torch.inf, dtype=torch.float64)
+
+    def first(self, task: str) -> Tensor:
+        """`[1, P]`: what the first seed gives for a task of the block."""
+        return self.drawn[self.tasks.index(task) * self.seeds][None]
+
+    def meet(self, task: str, snapshots: Tensor) -> None:
+        """Keep what is nearer in the snapshots `[K, P]` of a task than in those that passed by before."""
+        nearest = distances(self.layout, self.drawn, snapshots).amin(1)
+        self.whose = [task if nearer else before for nearer, before in zip(nearest < self.nearest, self.whose, strict=True)]
+        self.nearest = nearest.minimum(self.nearest)
+        others = distances(self.layout, self.snapshots, snapshots)
+        if task in self.tasks:
+            others.split(self.sizes)[self.tasks.index(task)].fill_diagonal_(torch.inf)  # each to itself
+        self.others = others.amin(1).minimum(self.others)
+
+    def rows(self) -> list[dict[str, float | None]]:
+        """The measures of each task."""
+        rows = []
+        for index, (task, others) in enumerate(zip(self.tasks, self.others.split(self.sizes), strict=True)):
+            seeds = slice(index * self.seeds, (index + 1) * self.seeds)
+            drawn, own, mode = self.drawn[seeds], self.own[index : index + 1], self.modes[index : index + 1]
+            unit = norms(self.layout, own).item()
+            pairs = _different(distances(self.layout, drawn, drawn))
+            row = {
+                "nearest_snapshot": self.nearest[seeds].mean() / unit,
+                "nearest_is_own_task": self.whose[seeds].count(task) / self.seeds,
+                "between_snapshots": others.mean() / unit,
+                "to_own": distances(self.layout, drawn, own).mean() / unit,
+                "mode_to_own": distances(self.layout, mode, own).mean() / unit,
+                "spread": pairs.mean() / unit if len(pairs) else None,
+            }
+            rows.append(_with_ratio({name: None if value is None else round(float(value), _DIGITS) for name, value in row.items()}))
+        return rows
+
+
+def _blocks(numbers: Mapping[str, int]) -> Iterator[list[str]]:
+    """Tasks, in their order, of so many numbers each, that can be held together; one at least."""
+    block: list[str] = []
+    held = 0
+    for task, count in numbers.items():
+        if block and held + count > _HELD:
+            yield block
+            block, held = [], 0
+        block.append(task)
+        held += count
+    yield block
+
+
+def _check(generator: AdapterSource, collection: AdapterCollection, seeds: Sequence[int]) -> dict[str, int]:
+    """The number of snapshots of each task."""
     if not seeds:
         raise ValueError("seeds=() must name at least one seed of z, such as (0, 1, 2).")
     if collection.layout.fingerprint != generator.layout.fingerprint:
@@ -126,11 +177,14 @@ def _check(generator: AdapterSource, collection: AdapterCollection, seeds: Seque
                 f"The collection's task vectors are by the encoder of sha256 {str(found)[:12]}, the generator was trained with"
                 f" {str(wanted)[:12]}: call collection.encode(generator.encoder) first."
             )
-    if sum(len(snapshots) for snapshots in collection.snapshots.values()) < 2:
+    sizes = {}
+    for task, snapshots in collection.snapshots.items():
+        sizes[task] = len(snapshots)
+        if not norms(collection.layout, snapshots[-1:]).item():
+            raise ValueError(f"The own LoRA of {task!r}, the unit of its distances, is zero (B was not trained): train it again.")
+    if sum(sizes.values()) < 2:
         raise ValueError("The collection has one snapshot, and how far snapshots lie apart takes two: pass the one trained on.")
-    zero = next((task for task in collection.tasks if not norms(collection.layout, collection.final(task)[None]).item()), None)
-    if zero is not None:
-        raise ValueError(f"The own LoRA of {zero!r}, the unit of its distances, is zero (B was not trained): train it again.")
+    return sizes
 
 
 def _sample(source: AdapterSource, condition: Tensor, seeds: Sequence[int], temperature: float = 1.0) -> Tensor:
@@ -149,8 +203,9 @@ def _with_ratio(row: dict[str, float | None]) -> dict[str, float | None]:
     return {**row, "ratio": round(nearest / between, _DIGITS) if nearest is not None and between else None}
 
 
-def _cosines(layout: AdapterLayout, adapters: Tensor) -> dict[str, float] | None:
-    values = _different(cosine(layout, adapters, adapters)).abs()
+def _summary(cosines: Tensor) -> dict[str, float] | None:
+    """`[T, T]` cosines -> those between different tasks."""
+    values = _different(cosines).abs()
     return (
         {"mean_absolute": round(values.mean().item(), _DIGITS), "max_absolute": round(values.max().item(), _DIGITS)}
         if len(values)
