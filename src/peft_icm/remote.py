@@ -5,13 +5,16 @@ Such a store has no rename of a folder and no lock. A folder is there when the f
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .disk import inside
+from huggingface_hub import cached_assets_path
+
+from .disk import inside, replacing_folder
 
 
 def is_url(name: str | os.PathLike[str]) -> bool:
@@ -77,6 +80,31 @@ def write(url: str, content: bytes) -> None:
     """Write one file; `OSError`, one line, if it cannot be."""
     with _one_line(url, "written") as (fs, path):
         fs.pipe_file(path, content)
+
+
+def cached(url: str) -> Path:
+    """A copy of a folder at a URL, in huggingface_hub's cache of assets; made anew where the files there, or their dates, are others.
+
+    Args:
+        url (`str`): Of the folder.
+
+    Returns:
+        `Path`
+
+    Raises:
+        `OSError`: One line, if it cannot be read or nothing is there.
+    """
+    with _one_line(url, "read") as (fs, root):
+        fs.invalidate_cache()
+        found = fs.find(root, detail=True)
+        if not found:
+            raise FileNotFoundError("there are no files")
+    digest = hashlib.sha256(repr((url, sorted(found.items()))).encode()).hexdigest()
+    folder = cached_assets_path("peft_icm", namespace="urls") / digest
+    if not folder.is_dir():
+        with replacing_folder(folder) as new:
+            download(url, files(url), new)
+    return folder
 
 
 def upload(folder: Path, url: str, last: str) -> None:

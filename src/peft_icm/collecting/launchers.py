@@ -152,7 +152,7 @@ def _by_submitit(calls: Mapping[str, tuple[Any, ...]], args: CollectingArguments
 
     jobs_folder = cached_assets_path("peft_icm", namespace="jobs") if is_url(args.output_dir) else Path(args.output_dir) / JOBS
     executor = submitit.AutoExecutor(jobs_folder)
-    cores = len(os.sched_getaffinity(0))
+    cores = os.cpu_count() or 1
     if executor.cluster != "slurm" and len(calls) > cores:
         raise ValueError(f"There is no SLURM here, and {len(calls)} jobs would start at once on {cores} cores: take launcher='ray'.")
     executor.update_parameters(
