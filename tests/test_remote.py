@@ -125,9 +125,9 @@ class TestACollection:
         monkeypatch.setenv("HF_TOKEN", token)
         HfApi().create_repo("org/loras", repo_type="dataset")
         before = len(hub.repos["datasets", "org/loras"].commits)
-        one.save_pretrained("hf://datasets/org/loras/small")
+        one.save_pretrained("hf://datasets/org/loras")
         assert len(hub.repos["datasets", "org/loras"].commits) == before + 1
-        assert same(one, AdapterCollection.from_pretrained("hf://datasets/org/loras/small"))
+        assert same(one, AdapterCollection.from_pretrained("hf://datasets/org/loras"))
 
     def test_by_the_command_line(self, work, place, capsys):
         arguments = ["collect", work / "base", "--tasks", work / "tasks", "-o", f"{place}/c", "--epochs", 6, "--snapshots", 5,
