@@ -35,8 +35,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("florence2-coco"))
     parser.add_argument("--rank", type=int, default=2)
     parser.add_argument("--dtype", default="float32", help="dtype of the frozen base")
-    parser.add_argument("--num-workers", type=int, default=1)
-    parser.add_argument("--shard", help="i/n, for array jobs")
+    parser.add_argument("--launcher", choices=["local", "ray", "submitit"], default="local", help="where LoRAs are trained")
     args = parser.parse_args()
     if not args.demo and not (args.annotations and args.images):
         parser.error("--annotations and --images are required without --demo")
@@ -63,13 +62,12 @@ def main() -> None:
         learning_rate=rate,
         dtype=args.dtype,
         dataset_kwargs=dataset,
-        num_workers=args.num_workers,
-        shard=args.shard,
+        launcher=args.launcher,
     )
     lora = LoraConfig(r=args.rank, lora_alpha=4 * args.rank, target_modules=TARGETS, task_type=None)
     collection = collect(base, tasks, lora, recipe)
     if collection is None:
-        print("This shard is done; run again when the others are.")
+        print("Other processes are still training tasks: run again when they are done.")
         return
     print(f"{len(collection.tasks)} tasks, P = {collection.layout.numel:,}")
     collection.encode(encoder, images={task.name: crops(task.train_images, task.label, 64) for task in tasks})

@@ -37,8 +37,7 @@ def main() -> None:
     parser.add_argument("--tasks", help="folder with tasks.json")
     parser.add_argument("--output", type=Path, default=Path("llama3-pile"))
     parser.add_argument("--dtype", default="float32", help="dtype of the frozen base")
-    parser.add_argument("--num-workers", type=int, default=1)
-    parser.add_argument("--shard", help="i/n, for array jobs")
+    parser.add_argument("--launcher", choices=["local", "ray", "submitit"], default="local", help="where LoRAs are trained")
     args = parser.parse_args()
     if not args.demo and not args.tasks:
         parser.error("--tasks is required without --demo")
@@ -56,12 +55,11 @@ def main() -> None:
         learning_rate=1e-2 if args.demo else 1e-4,
         dtype=args.dtype,
         dataset_kwargs={"block_size": block},
-        num_workers=args.num_workers,
-        shard=args.shard,
+        launcher=args.launcher,
     )
     collection = collect(base, tasks, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"), recipe)
     if collection is None:
-        return print("This shard is done; the others are not.")
+        return print("Other processes are still training tasks.")
     print(f"P = {collection.layout.numel:,}")
     collection.encode(encoder)
     config = ICMConfig(architecture="paper", latent_size=256, num_conv_layers=12)

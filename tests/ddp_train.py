@@ -1,6 +1,7 @@
 """Run by torchrun in test_training.py and test_through_task.py: train and write the logged losses."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,15 +16,23 @@ def by_reconstruction(folder, batch):
     return ICMTrainer(ICMConfig(latent_size=4, hidden_size=16, num_components=6), args, collection=tiny_collection())
 
 
-def through_tasks(folder, batch):
+def through_tasks(folder, batch, **options):
     from test_through_task import text_world, trainer
 
-    return trainer(text_world(folder / "base"), folder / "out", per_device_train_batch_size=batch, ddp_backend="gloo")
+    return trainer(text_world(folder / "base"), folder / "out", per_device_train_batch_size=batch, ddp_backend="gloo", **options)
+
+
+def through_a_sharded_base(folder, batch):
+    """In several processes; one has the base whole."""
+    built = through_tasks(folder, batch, fsdp=int(os.environ["WORLD_SIZE"]) > 1 or None)
+    here = sum(getattr(weight, "_local_tensor", weight).numel() for weight in built.objective.base.parameters())
+    assert here < 0.6 * sum(weight.numel() for weight in built.objective.base.parameters()) or built.args.world_size == 1
+    return built
 
 
 def main():
     folder, batch, objective = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    trainer = {"reconstruction": by_reconstruction, "task": through_tasks}[objective](folder, batch)
+    trainer = {"reconstruction": by_reconstruction, "task": through_tasks, "sharded": through_a_sharded_base}[objective](folder, batch)
     trainer.train()
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -42,7 +42,7 @@ class TestWrong:
             (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--base-model", "BASE"], "expected"),
             (["collect", "BASE", "--tasks", "EMPTY", "-o", "OUT"], "needs a tasks.json"),
             (["collect", "BASE", "--tasks", "TASKS", "-o", "OUT", "--rank", "0"], "rank"),
-            (["collect", "BASE", "--tasks", "TASKS", "-o", "OUT", "--shard", "5/2"], "shard='5/2' must be 'i/n'"),
+            (["collect", "BASE", "--tasks", "TASKS", "-o", "OUT", "--ray-address", "h:1"], "ray_address='h:1' goes with launcher='ray'"),
             (["train", "EMPTY", "-o", "OUT"], "no adapter collection"),
             (
                 ["train", "COLLECTION", "-o", "OUT", "--encoder", "bert:x"],

@@ -1,4 +1,4 @@
-"""One LoRA per task with the real Trainer: the same by one worker or two, resumable, refused where it must be."""
+"""One LoRA per task with the real Trainer: resumable, refused where it must be."""
 
 import json
 import os
@@ -58,11 +58,6 @@ def same(first, second):
     return all(torch.equal(first.snapshots[task], second.snapshots[task]) for task in first.tasks)
 
 
-def test_two_workers_collect_what_one_collects(base, collected, tmp_path):
-    two = collect(base, tasks(), lora(), arguments(tmp_path, num_workers=2))
-    assert two.tasks == collected[0].tasks and same(collected[0], two)
-
-
 def test_tasks_differ_and_start_from_one_seed(collected):
     collection, _ = collected
     sonnet, novel, genesis = (collection.final(task) for task in collection.tasks)
@@ -82,10 +77,15 @@ def test_the_metadata_tells_how(collected, base):
     assert collected[0].layout.base_model_name_or_path == str(base)
 
 
-def test_shards_make_the_whole(base, collected, tmp_path):
-    assert collect(base, tasks(), lora(), arguments(tmp_path, shard="1/2")) is None
-    whole = collect(base, tasks(), lora(), arguments(tmp_path, shard="2/2"))
-    assert same(collected[0], whole)
+def test_what_0_1_0_had_is_read_with_a_warning(tmp_path):
+    with pytest.warns(FutureWarning, match="shard is deprecated and goes in 0.3.0: processes that are started on one folder") as caught:
+        assert arguments(tmp_path, shard="1/2").launcher == "local"
+    assert caught[0].filename == __file__
+    with pytest.warns(FutureWarning, match="num_workers is deprecated and goes in 0.3.0: write launcher='ray'"):
+        assert arguments(tmp_path, num_workers=1).launcher == "local"
+    with pytest.warns(FutureWarning):
+        args = arguments(tmp_path, num_workers=2)
+    assert args.launcher == "ray" and (os.cpu_count() or 1) <= 2 * args.cpus_per_task < (os.cpu_count() or 1) + 2
 
 
 def test_finished_tasks_are_skipped_and_unfinished_ones_done_again(base, collected, tmp_path):
@@ -143,16 +143,20 @@ class TestRefusals:
 
     def test_inside_torchrun(self, base, tmp_path, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(ValueError, match="use num_workers or shard"):
+        with pytest.raises(ValueError, match="use launcher='ray' or 'submitit'"):
             collect(base, tasks(), lora(), arguments(tmp_path))
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             ({"num_snapshots": 9}, "num_snapshots=9 must be between 1 and num_train_epochs=3"),
-            ({"num_workers": 0}, "num_workers=0"),
-            ({"shard": "3/2"}, "shard='3/2' must be 'i/n'"),
-            ({"shard": "two"}, "shard='two' must be 'i/n'"),
+            ({"launcher": "dask"}, "launcher='dask' must be one of local, ray, submitit"),
+            ({"ray_address": "here:1"}, "ray_address='here:1' goes with launcher='ray', found launcher='local'"),
+            ({"slurm_partition": "gpu", "launcher": "ray"}, "slurm_partition='gpu' goes with launcher='submitit', found launcher='ray'"),
+            ({"cpus_per_task": 0}, "cpus_per_task=0 and slurm_time=1440 must be at least 1"),
+            ({"gpus_per_task": -1}, "gpus_per_task=-1 must be a whole number or"),
+            ({"gpus_per_task": 1.5}, "gpus_per_task=1.5 must be a whole number or"),
+            ({"gpus_per_task": 0.5, "launcher": "submitit"}, "gpus_per_task=0.5 must be a whole number or"),
         ],
     )
     def test_arguments(self, options, message, tmp_path):
@@ -178,8 +182,10 @@ class TestRefusals:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_ctrl_c_keeps_finished_tasks(base, collected, tmp_path, workers):
+@pytest.mark.parametrize("launcher", ["local", "ray"])
+def test_ctrl_c_keeps_finished_tasks(base, collected, tmp_path, launcher):
+    if launcher == "ray":
+        pytest.importorskip("ray", reason="ray is not installed: pip install peft-icm[cluster]")
     data = tmp_path / "tasks"
     data.mkdir()
     for name, text in zip(("sonnet", "novel", "genesis"), TEXTS, strict=True):
@@ -188,7 +194,7 @@ def test_ctrl_c_keeps_finished_tasks(base, collected, tmp_path, workers):
     (data / "tasks.json").write_text(json.dumps({"tasks": entries}))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "peft_icm.cli", "collect", str(base), "--tasks", str(data), "-o", str(out), "--epochs", "3",
-               "--snapshots", "2", "--block-size", "32", "--learning-rate", "0.01", "--num-workers", workers]  # fmt: skip
+               "--snapshots", "2", "--block-size", "32", "--learning-rate", "0.01", "--launcher", launcher]  # fmt: skip
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background inherits that it is ignored
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listen)
     done = tmp_path / "out.work" / "sonnet" / "done.json"

@@ -14,6 +14,7 @@ SOURCE = Path(peft_icm.__file__).parent
 # From the ground up; a room imports only from floors below its own, or from itself.
 FLOORS = [
     {"disk", "pictures", "bundled", "unknown"},
+    {"remote"},
     {"hub"},
     {"tasks", "conditioning"},
     {"adapters", "data_import"},

@@ -451,3 +451,11 @@ class TestCommandLine:
     def test_a_generator_of_another_objective_has_no_prior(self, folder, capsys):
         assert main(["adapt", "bundled:text", "--tasks", str(folder / "other"), "-o", str(folder / "y"), "--block-size", "32"]) == 2
         assert "was not trained with objective='task'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"), [("task", "this is the only one: start several with torchrun"), ("reconstruction", "base of")]
+)
+def test_a_base_that_cannot_be_shared_out(language, tmp_path, objective, message):
+    with pytest.raises(ValueError, match=f"fsdp=True shares .*{message}"):
+        trainer(language, tmp_path, objective=objective, fsdp=True)

@@ -142,7 +142,7 @@ def test_resume_is_exact(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["reconstruction", "task"])
+@pytest.mark.parametrize("objective", ["reconstruction", "task", "sharded"])
 def test_two_processes_have_the_loss_of_one(tmp_path, objective):
     results = []
     with socket.socket() as free:
@@ -151,7 +151,7 @@ def test_two_processes_have_the_loss_of_one(tmp_path, objective):
     for processes, batch in ((1, 12), (2, 6)):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), "CUDA_VISIBLE_DEVICES": ""}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
         command = [
             sys.executable,
             "-m",

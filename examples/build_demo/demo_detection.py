@@ -99,7 +99,7 @@ def collect_loras(build: Path) -> None:
         lr_scheduler_type="cosine",
         per_device_train_batch_size=16,
         dataset_kwargs={"location_step": STEP, "negatives": 2.0, "images_per_epoch": LORA_IMAGES, "in_memory": True},
-        num_workers=2,
+        launcher="ray",
     )
     lora = LoraConfig(r=LORA_RANK, lora_alpha=4 * LORA_RANK, target_modules=TARGETS, task_type=None)
     collection = collect(build / "florence", tasks(build), lora, recipe)

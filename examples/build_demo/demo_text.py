@@ -331,7 +331,7 @@ def collect_loras(build: Path) -> None:
         learning_rate=LORA_LEARNING_RATE,
         lr_scheduler_type="cosine",
         dataset_kwargs={"block_size": BLOCK, "blocks_per_epoch": LORA_BLOCKS},
-        num_workers=2,
+        launcher="ray",
     )
     lora = LoraConfig(r=1, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     collection = collect(build / "base_model", tasks, lora, recipe)

@@ -16,7 +16,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[
     "demo": (cli_verbs.demo, cli_options.demo_options),
     "tasks": (cli_data.tasks, cli_data.tasks_options),
     "gather": (cli_data.gather, cli_data.gather_options),
-    "collect": (cli_verbs.collect_, cli_options.collect_options),
+    "collect": (cli_data.collect, cli_options.collect_options),
     "train": (cli_tasks.train, cli_options.train_options),
     "read": (cli_verbs.read, cli_options.read_options),
     "generate": (cli_verbs.generate, cli_options.generate_options),

@@ -1,4 +1,4 @@
-"""The verbs of data that people have: tasks of their files, and a collection of adapters that exist."""
+"""The verbs of data: tasks of the files that people have, and collections of LoRAs that are trained or exist."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from . import cli_verbs
+from .cli_options import chosen
 from .disk import replacing_folder
+from .remote import is_url
 
 TASKS = "tasks.json"  # what tells a folder of tasks
 FEW = {"records": 20, "pictures": 8}  # to train on, below which a task is warned of
@@ -65,6 +67,38 @@ def tasks(args: argparse.Namespace) -> dict[str, Any]:
     for line in facts.get("warnings", ()):
         print(f"peft-icm: warning: {line}", file=sys.stderr)
     return {"folder": args.output, **facts}
+
+
+def collect(args: argparse.Namespace) -> dict[str, Any]:
+    """One LoRA per task; a second start goes on where the first was stopped."""
+    if not is_url(args.output):
+        cli_verbs.check_folder(args.output, cli_verbs.COLLECTION)
+    from peft import LoraConfig
+
+    from . import collecting
+    from .tasks import load_tasks
+    from .tasks.detection import DetectionTask
+
+    tasks = load_tasks(args.tasks)
+    detection = isinstance(tasks[0], DetectionTask)
+    targets = args.target_modules[0] if args.target_modules == ["all-linear"] else args.target_modules
+    # PEFT knows no task type for a vision-language model: any other breaks AutoPeftModel and names the wrong pipeline on the card.
+    lora = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=targets, task_type=None if detection else "CAUSAL_LM")
+    pictures = {"location_step": args.location_step, "negatives": args.negatives, "images_per_epoch": args.blocks_per_epoch}
+    texts = {"block_size": args.block_size, "blocks_per_epoch": args.blocks_per_epoch, **cli_verbs.packing(args)}
+    with cli_verbs.one_line_warnings():
+        recipe = collecting.CollectingArguments(
+            output_dir=f"{args.output}.work",
+            dataset_kwargs=pictures if detection else texts,
+            **chosen(args, collecting.CollectingArguments),
+        )
+    collection = collecting.collect(args.base_model, tasks, lora, recipe)
+    if collection is None:
+        cli_verbs.say(args, f"Other processes are still training tasks. Run again with the same {args.output} to gather them.")
+        return {"finished": False, "collection": None}
+    collection.save_pretrained(args.output)
+    cli_verbs.say(args, f"{len(collection.tasks)} tasks, P = {collection.layout.numel:,}: {args.output}")
+    return {"finished": True, "collection": args.output, "tasks": collection.tasks, "numel": collection.layout.numel}
 
 
 def gather_options(p: argparse.ArgumentParser) -> None:

@@ -25,10 +25,11 @@ def demo_options(p: argparse.ArgumentParser) -> None:
 def collect_options(p: argparse.ArgumentParser) -> None:
     """Options of `peft-icm collect`; imports torch for the defaults."""
     from .collecting import CollectingArguments
+    from .collecting.arguments import LAUNCHERS
 
     p.add_argument("base_model", help="Hub id or folder of the base model")
     p.add_argument("--tasks", required=True, help="folder with tasks.json and its texts or annotated images")
-    p.add_argument("-o", "--output", "--output-dir", required=True, help="folder of the collection; progress is kept in OUTPUT.work")
+    p.add_argument("-o", "--output", "--output-dir", required=True, help="folder or URL of the collection; progress is kept in OUTPUT.work")
     _lora_options(p)
     p.add_argument("--blocks-per-epoch", type=int, help="blocks or images in an epoch, drawn anew in each; by default all")
     own = _fields(p, CollectingArguments)
@@ -39,8 +40,14 @@ def collect_options(p: argparse.ArgumentParser) -> None:
     own("--batch-size", "per_device_train_batch_size", "blocks in a batch")
     own("--dtype", "dtype", "dtype of the frozen base")
     own("--seed", "seed", "one seed of A and B for all tasks")
-    own("--num-workers", "num_workers", "processes that the tasks are spread over")
-    own("--shard", "shard", "i/n: only the i-th of n parts of the tasks, for array jobs", type=str)
+    own("--launcher", "launcher", "where tasks are trained: in this process, on Ray, or as SLURM jobs of submitit", choices=LAUNCHERS)
+    own("--ray-address", "ray_address", "host:port of a Ray cluster; by default RAY_ADDRESS, else processes of this machine", type=str)
+    own("--cpus-per-task", "cpus_per_task", "ray, submitit: cores of each task")
+    own("--gpus-per-task", "gpus_per_task", "ray, submitit: GPUs of each task; with ray a share too, and 1 if there are any", type=float)
+    own("--slurm-partition", "slurm_partition", "submitit: partition of the jobs", type=str)
+    own("--slurm-time", "slurm_time", "submitit: minutes after which SLURM may end a job")
+    own("--num-workers", "num_workers", "deprecated: --launcher ray", type=int)
+    own("--shard", "shard", "deprecated, without effect", type=str)
     _example_options(p)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli_options import chosen
+from .remote import is_url
 from .unknown import UnknownTaskWarning
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def load_encoder(name: str, token: str | None) -> TaskEncoder:
 
 def check_folder(output: str, mark: str) -> None:
     """Refuse before the work what could not be written after it: `output` is new, empty, or an older folder of the same kind."""
+    if is_url(output):
+        raise ValueError(f"--output {output} is a URL, and only collect writes to one: choose a folder.")
     folder = Path(output)
     if folder.is_dir():
         if any(folder.iterdir()) and not (folder / mark).is_file():
@@ -97,34 +100,6 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
         from .demo.run import run_demo
 
     return run_demo(args.output, args.task, full=args.full, quiet=args.json)
-
-
-def collect_(args: argparse.Namespace) -> dict[str, Any]:
-    """One LoRA per task; a second start goes on where the first was stopped."""
-    check_folder(args.output, COLLECTION)
-    from peft import LoraConfig
-
-    from .collecting import CollectingArguments, collect
-    from .tasks import load_tasks
-    from .tasks.detection import DetectionTask
-
-    tasks = load_tasks(args.tasks)
-    detection = isinstance(tasks[0], DetectionTask)
-    targets = args.target_modules[0] if args.target_modules == ["all-linear"] else args.target_modules
-    # PEFT knows no task type for a vision-language model: any other breaks AutoPeftModel and names the wrong pipeline on the card.
-    lora = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=targets, task_type=None if detection else "CAUSAL_LM")
-    pictures = {"location_step": args.location_step, "negatives": args.negatives, "images_per_epoch": args.blocks_per_epoch}
-    texts = {"block_size": args.block_size, "blocks_per_epoch": args.blocks_per_epoch, **packing(args)}
-    recipe = CollectingArguments(
-        output_dir=f"{args.output}.work", dataset_kwargs=pictures if detection else texts, **chosen(args, CollectingArguments)
-    )
-    collection = collect(args.base_model, tasks, lora, recipe)
-    if collection is None:
-        say(args, f"This shard is done; other tasks are not finished yet. Run again with the same {args.output} to gather them.")
-        return {"finished": False, "collection": None}
-    collection.save_pretrained(args.output)
-    say(args, f"{len(collection.tasks)} tasks, P = {collection.layout.numel:,}: {args.output}")
-    return {"finished": True, "collection": args.output, "tasks": collection.tasks, "numel": collection.layout.numel}
 
 
 def packing(args: argparse.Namespace) -> dict[str, bool]:
@@ -225,7 +200,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
 
     generator = load_generator(args.generator, revision=args.revision, token=args.token)
     heard = _hear(args, generator) if generator.can_read(args.text, examples=args.example, images=args.image) else None
-    with _one_line_warnings():
+    with one_line_warnings():
         model = generator.generate_adapter(
             args.text,
             args.base_model,
@@ -272,13 +247,13 @@ def _hear(args: argparse.Namespace, generator: ICMGenerator) -> dict[str, Any]:
 
 
 @contextmanager
-def _one_line_warnings() -> Iterator[None]:
-    """An unknown task as the command line says it: one line, without the place in the code. Other warnings are left alone."""
+def one_line_warnings() -> Iterator[None]:
+    """An unknown task, and what is deprecated, in one line, without the place in the code. Other warnings are left alone."""
     with warnings.catch_warnings():
         plain = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **kwargs: Any) -> None:
-            if issubclass(category, UnknownTaskWarning):
+            if issubclass(category, UnknownTaskWarning | FutureWarning):
                 print(f"peft-icm: warning: {message}", file=sys.stderr)
             else:
                 plain(message, category, *where, **kwargs)

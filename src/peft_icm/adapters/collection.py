@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .. import disk
+from .. import disk, remote
 from ..conditioning import Picture, TaskEncoder, open_images
 from ..hub.cards import collection_card
 from ..hub.files import PushOptions, published, push_folder, resolve
@@ -179,14 +180,21 @@ class AdapterCollection:
 
     # ------------------------------------------------------------------ disk and Hub
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the collection; a failure half-way leaves what was there before.
+        """Write the collection; a failure half-way leaves what was there before, at a URL no collection.
 
         Args:
-            folder (`str` or `Path`): Replaced by this collection if it holds one; refused if it holds something else.
+            folder (`str` or `Path`): Replaced by this collection if it holds one; refused if it holds something else. Or a URL of one that
+                fsspec opens, such as `"s3://bucket/loras"`.
 
         Raises:
             `ValueError`: If the folder holds something that is no collection.
+            `OSError`: If the URL cannot be written to.
         """
+        if remote.is_url(folder):
+            with tempfile.TemporaryDirectory() as scratch:
+                self._write(Path(scratch))
+                remote.upload(Path(scratch), str(folder), last=MANIFEST)
+            return
         target = Path(folder)
         if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
             raise ValueError(f"{target} is neither empty nor a collection: choose another folder.")
@@ -217,10 +225,10 @@ class AdapterCollection:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **hub_kwargs: Any) -> AdapterCollection:
-        """Open a collection in a folder or a data set repo of the Hub; its snapshots stay there and are read when asked for.
+        """Open a collection in a folder, at a URL or in a data set repo of the Hub; its snapshots stay there and are read when asked for.
 
         Args:
-            folder (`str` or `Path`): A local folder or `"org/name"`.
+            folder (`str` or `Path`): A local folder, a URL of one that fsspec opens, or `"org/name"`.
             **hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Returns:

@@ -24,9 +24,10 @@ from ..disk import inside, safe_name
 from ..tasks.fields import strings
 from ..tasks.language_modeling import context_size
 from .arguments import CollectingArguments, Task
-from .folder import DONE, LOCKS, check_finished, locked, make_folder, read_json, read_snapshot, snapshot_files, task_lock
+from .folder import DONE, JOBS, LOCKS, check_finished, locked, read_json, read_snapshot, snapshot_files, task_lock
+from .launchers import check_launcher, launch
 from .recipe import RECIPE, check_recipe, collecting_recipe, data_sha256, write_recipe
-from .workers import spread, work
+from .remote import bring, send_file, working_folder
 
 
 def collect(
@@ -35,8 +36,8 @@ def collect(
     """Train one LoRA for each task and gather their snapshots.
 
     All tasks start from the same A and B, so that what differs between two snapshots is what the tasks taught. Finished tasks are
-    skipped on a second start; those that another process is training are left to it. Workers train outside any process group: inside
-    one, the Trainer would average the gradients of different tasks.
+    skipped on a second start; those that another process is training are left to it. Tasks are trained outside any process group:
+    inside one, the Trainer would average the gradients of different tasks.
 
     Args:
         base_model (`str` or `Path`): Hub id or folder of the base.
@@ -45,48 +46,51 @@ def collect(
         args ([`CollectingArguments`]): The recipe.
 
     Returns:
-        [`AdapterCollection`] or `None`: None while other shards or processes still have tasks to finish.
+        [`AdapterCollection`] or `None`: None while other processes still have tasks to finish.
 
     Raises:
         `ValueError`: If names repeat, a description is no sentence, `output_dir` holds another recipe, or a finished task of other data
             or with a snapshot lost or cut short, other processes train all that is left, or this one is part of a torchrun group.
-        `OSError`: If `output_dir` is a file, or the base has no weights in safetensors.
+        `OSError`: If `output_dir` is a file or cannot be written to, the base has no weights in safetensors, there is no Ray cluster at
+            the address, or tasks failed in other processes; those are named when the others are finished.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("collect() spreads tasks over processes of its own: use num_workers or shard='i/n' instead of torchrun.")
-    folder, name = Path(args.output_dir), str(base_model)
-    _check_tasks(folder, tasks)
+        raise ValueError("collect() spreads tasks by itself: use launcher='ray' or 'submitit' instead of torchrun.")
+    name, names = str(base_model), [task.name for task in tasks]
+    _check_tasks(Path(args.output_dir), tasks)
     if lora_config.r <= 0:
         raise ValueError(f"The LoRA rank must be a positive integer, found r={lora_config.r}.")
-    make_folder(folder, "output_dir")
-    _check_before_training(name, lora_config, args)
-    recipe = collecting_recipe(base_model, lora_config, args)
-    check_recipe(folder, recipe)
+    check_launcher(args)
+    with working_folder(args.output_dir) as folder:
+        _check_before_training(name, lora_config, args)
+        bring(args.output_dir, folder, names)
+        recipe = collecting_recipe(base_model, lora_config, args)
+        check_recipe(folder, recipe)
 
-    def finished(task: Task) -> bool:
-        return (folder / task.name / DONE).is_file()
+        def finished(task: Task) -> bool:
+            return (folder / task.name / DONE).is_file()
 
-    index, count = args.part()
-    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    read = [task for number, task in enumerate(tasks) if number % count == index or finished(task)]
-    data = {task.name: data_sha256(task, processor, args) for task in tqdm(read, desc="reading tasks", leave=False)}
-    for task in filter(finished, read):
-        check_finished(folder / task.name, args.num_snapshots, data[task.name])
-    write_recipe(folder, recipe)
-    waiting = [task for task in tasks[index::count] if not finished(task)]
-    if waiting and not any(_is_free(folder, task) for task in waiting):
-        raise ValueError(
-            f"Another process is collecting into {folder}, task {waiting[0].name!r}: wait for it, or choose another folder or shard."
-        )
-    if args.num_workers == 1 or len(waiting) <= 1:
-        work(name, waiting, lora_config, args, data)
-    else:
-        spread(name, waiting, lora_config, args, data)
-    if not all(map(finished, tasks)):
-        return None
-    for task in tasks:  # those of other processes too
-        check_finished(folder / task.name, args.num_snapshots, data.get(task.name) or data_sha256(task, processor, args))
-    return gather(folder, tasks)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        data = {task.name: data_sha256(task, processor, args) for task in tqdm(tasks, desc="reading tasks", leave=False)}
+        for task in filter(finished, tasks):
+            check_finished(folder / task.name, args.num_snapshots, data[task.name])
+        write_recipe(folder, recipe)
+        send_file(args.output_dir, folder / RECIPE)
+        waiting = [task for task in tasks if not finished(task)]
+        if waiting and not any(_is_free(folder, task) for task in waiting):
+            raise ValueError(
+                f"Another process is collecting into {folder}, task {waiting[0].name!r}: wait for it, or choose another folder."
+            )
+        launch(name, waiting, lora_config, args, data)
+        bring(args.output_dir, folder, names)
+        lost = [task.name for task in waiting if not finished(task) and _is_free(folder, task)]
+        if lost and args.launcher != "local":
+            raise OSError(f"Task {lost[0]!r} was trained, but not into {args.output_dir} here: all machines must share it, or take a URL.")
+        if not all(map(finished, tasks)):
+            return None
+        for task in tasks:  # those of other processes too
+            check_finished(folder / task.name, args.num_snapshots, data[task.name])
+        return gather(folder, tasks)
 
 
 def gather(folder: str | Path, tasks: Sequence[Task]) -> AdapterCollection:
@@ -139,7 +143,7 @@ def _check_tasks(folder: Path, tasks: Sequence[Task]) -> None:
     if not names or len({name.casefold() for name in names}) != len(names):
         raise ValueError(f"Tasks need different names, found {names}.")
     for task in tasks:
-        if task.name.casefold() in (RECIPE, LOCKS):
+        if task.name.casefold() in (RECIPE, LOCKS, JOBS):
             raise ValueError(f"The task name {task.name!r} is that of a file of the work folder: give the task another.")
         inside(folder, task.name)
         _sentences(task)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 DONE = "done.json"
 LOCKS = ".locks"
+JOBS = ".jobs"  # what submitit writes
 
 
 def make_folder(folder: str | os.PathLike[str], argument: str) -> Path:
@@ -41,18 +42,19 @@ def make_folder(folder: str | os.PathLike[str], argument: str) -> Path:
 
 
 @contextmanager
-def locked(file: Path) -> Iterator[bool]:
+def locked(file: Path, patience: float = 0) -> Iterator[bool]:
     """Hold a lock, where no other process or thread does.
 
     Args:
         file (`Path`): The lock's file, in a folder that exists; it stays, and says nothing.
+        patience (`float`, defaults to 0): Seconds that it is waited for.
 
     Yields:
         `bool`: Whether this call holds the lock. A process that dies lets go of it.
     """
     lock = FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
         held = True
     except Timeout:
         held = False

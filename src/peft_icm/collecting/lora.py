@@ -51,7 +51,7 @@ class SnapshotCallback(TrainerCallback):
 
 
 def train_lora(
-    base: nn.Module, processor: Any, task: Task, lora_config: LoraConfig, args: CollectingArguments, data_sha256: str
+    base: nn.Module, processor: Any, task: Task, lora_config: LoraConfig, args: CollectingArguments, root: Path, data_sha256: str
 ) -> nn.Module:
     """Train the LoRA of one task in its folder, whose `done.json` is written last.
 
@@ -61,6 +61,7 @@ def train_lora(
         task ([`Task`]): The task.
         lora_config (`LoraConfig`): Left as it is.
         args ([`CollectingArguments`]): The recipe.
+        root (`Path`): The work folder.
         data_sha256 (`str`): Of the task's data, noted in `done.json`.
 
     Returns:
@@ -69,7 +70,7 @@ def train_lora(
     Raises:
         `ValueError`: If the LoRA holds a value that is not finite.
     """
-    folder = inside(args.output_dir, safe_name(task.name, "task"))
+    folder = inside(root, safe_name(task.name, "task"))
     shutil.rmtree(folder, ignore_errors=True)  # an unfinished run of this task
     folder.mkdir(parents=True)
     set_seed(args.seed)

@@ -15,12 +15,10 @@ from transformers import set_seed
 
 from ..adapters.functional import ABOUT
 from ..disk import replacing_file
-from .arguments import CollectingArguments, Task
+from .arguments import SPREADING, CollectingArguments, Task
 from .folder import LOCKS, read_json
 
 RECIPE = "recipe.json"
-# How the work is spread changes no snapshot.
-_WITHOUT_EFFECT = ("output_dir", "num_workers", "shard")
 _ALWAYS_TOLD = ("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "target_modules")
 _OF_A_BASE = (".safetensors", ".json", ".txt", ".model", ".jinja")  # weights, configs, tokenizer
 
@@ -42,7 +40,7 @@ def collecting_recipe(base_model: str | os.PathLike[str], lora_config: LoraConfi
         for name, value in lora_config.to_dict().items()
         if name in _ALWAYS_TOLD or (value != default[name] and name not in ABOUT - {"task_type"})
     }
-    own = {name: value for name, value in asdict(args).items() if name not in _WITHOUT_EFFECT}
+    own = {name: value for name, value in asdict(args).items() if name not in SPREADING}
     recipe = {"base_model": str(base_model), "base_sha256": _base_sha256(Path(base_model)), "lora": _plain(lora), **own}
     return json.loads(json.dumps(recipe))
 

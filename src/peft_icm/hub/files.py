@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from ..disk import safe_name
+from ..remote import cached, is_url
 from .reasons import what_it_answered, why_not_read
 
 BASE_FOLDER = "base_model"
@@ -53,10 +54,11 @@ def resolve(
     allow_patterns: Sequence[str] | None = None,
     repo_type: str = "model",
 ) -> Path:
-    """The local folder of a folder or a Hub repo; what is missing is downloaded.
+    """The local folder of a folder, a URL or a Hub repo; what is missing is downloaded.
 
     Args:
-        name (`str` or `Path`): A folder or `"org/name"`.
+        name (`str` or `Path`): A folder, a URL of one such as `"s3://bucket/loras"`, of which the other arguments say nothing, or
+            `"org/name"`.
         revision (`str`, *optional*): Branch, tag or commit.
         token (`str` or `bool`, *optional*): Access token; by default the stored one.
         cache_dir (`str` or `Path`, *optional*): Cache; by default that of huggingface_hub.
@@ -73,6 +75,8 @@ def resolve(
     """
     if os.path.isdir(name):
         return Path(name)
+    if is_url(name):
+        return cached(str(name))
     repo_id, patterns = str(name), list(allow_patterns) if allow_patterns else None
     cache = str(cache_dir or constants.HF_HUB_CACHE)
     silence: Exception | None = None

@@ -40,6 +40,8 @@ class ICMTrainingArguments(TrainingArguments):
         condition_dropout (`float`, defaults to 0.1): `"task"` only: share of samples that are trained without a condition. What the
             generator gives then is one LoRA for all tasks.
         dataset_kwargs (`dict`, *optional*): `"task"` only: for each task's `train_dataset`, as in [`CollectingArguments`].
+        fsdp (`bool`, *optional*): `"task"` only: the base is shared out over the processes that torchrun started, block by block
+            (torch's `fully_shard`); a base that was passed stays so. The generator is in each of them, as without it.
 
     > Parameters that control the loss
 
@@ -74,6 +76,8 @@ class ICMTrainingArguments(TrainingArguments):
             raise ValueError(f"max_memory_bytes={self.max_memory_bytes} must be at least 1.")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is unknown: choose one of {', '.join(OBJECTIVES)}.")
+        if self.fsdp and self.objective != "task":
+            raise ValueError("fsdp=True shares out the base of objective='task'; without a base there is nothing to share.")
         for name in ("leave_out_rate", "held_out", "kl_warmup_ratio", "condition_dropout"):
             if not 0 <= getattr(self, name) < 1 and not (name == "leave_out_rate" and self.leave_out_rate == 1):
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")

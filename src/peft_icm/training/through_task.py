@@ -29,6 +29,7 @@ from .arguments import ICMTrainingArguments
 from .conditions import task_conditions
 from .episodes import seeded
 from .reading import fit_text_reader
+from .sharding import shard
 
 EVALUATED = 16  # examples of each task that nothing is trained on
 
@@ -182,6 +183,8 @@ class ThroughTask:
             self.base.train()  # in eval mode nothing is computed again
             # The generator's own layers are no burden. One switch, by its older and its newer name.
             args.gradient_checkpointing = args.activation_checkpointing = False
+        if args.fsdp:
+            shard(self.base, args)
         self.base.to(args.device)  # type: ignore[arg-type]
 
         def episodes(found: Sequence[Any], conditions: list[list[Tensor]]) -> TaskEpisodes:
