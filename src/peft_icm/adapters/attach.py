@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from ..disk import safe_name
 from .base import SHARES, SharingLoraModel, check_bare
-from .layout import AdapterLayout, same_function
-from .tensors import module_of
+from .layout import DTYPES, AdapterLayout, same_function
+from .tensors import all_finite, module_of
 
 logger = logging.getLogger(__name__)
 PROVENANCE = "_peft_icm_provenance"
@@ -36,6 +36,7 @@ def attach(
     adapter_name: str = "default",
     is_trainable: bool = False,
     provenance: Mapping[str, Any] | None = None,
+    copy: bool = True,
 ) -> PeftModel:
     """Put an adapter onto a base model and make it the active one.
 
@@ -49,8 +50,10 @@ def attach(
         state_dict (`Mapping[str, Tensor]`): Its tensors.
         adapter_name (`str`, defaults to `"default"`): Name of the adapter.
         is_trainable (`bool`, defaults to `False`): Leave the adapter in train mode with gradients.
-        provenance (`Mapping[str, Any]`, *optional*): How the adapter was generated, which [`save_adapter`] writes into the card. The
-            values are kept with it, to tell later whether they still are those.
+        provenance (`Mapping[str, Any]`, *optional*): How the adapter was generated, which [`save_adapter`] writes into the card. A digest
+            of the values is kept with it, to tell later whether they still are those.
+        copy (`bool`, defaults to `True`): Copy the tensors. With `False` they are given away: a new adapter of the same device consists of
+            them, and takes no memory beside.
 
     Returns:
         `PeftModel`: The same object where `model` is a `PeftModel` already.
@@ -60,7 +63,7 @@ def attach(
             the name is taken by another layout, a value is not finite, or the adapter would do nothing, because the model's adapters are
             disabled or its dtype makes zeros of it; the model is as it was then.
     """
-    vector = finite(layout, state_dict)
+    check_finite(layout, state_dict)
     check_name(adapter_name, layout)
     if not isinstance(model, PreTrainedModel | PeftModel):
         raise ValueError(f"The base model is a {type(model).__name__}, must be a PreTrainedModel or a PeftModel.")
@@ -69,29 +72,26 @@ def attach(
         if isinstance(model, PeftModel) and adapter_name in model.peft_config:
             _swap(model, layout, state_dict, adapter_name, is_trainable)
         else:
-            model = _add(model, layout, state_dict, adapter_name, is_trainable)
-        # On the configuration, which goes when the adapter goes; peft saves its fields alone.
-        vars(model.peft_config[adapter_name])[PROVENANCE] = {**provenance, "vector": vector.cpu()} if provenance else {}
+            model = _add(model, layout, state_dict, adapter_name, is_trainable, copy)
+        # On the configuration, which goes when the adapter goes; peft saves its fields alone. In each dtype: a cast is no training.
+        kept = {**provenance, "sha256": {dtype: layout.sha256(state_dict, dtype) for dtype in DTYPES}} if provenance else {}
+        vars(model.peft_config[adapter_name])[PROVENANCE] = kept
     return model
 
 
-def finite(layout: AdapterLayout, state_dict: Mapping[str, Tensor]) -> Tensor:
-    """The vector of an adapter, checked.
+def check_finite(layout: AdapterLayout, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter with a value that is none.
 
     Args:
         layout (`AdapterLayout`): Of the adapter.
         state_dict (`Mapping[str, Tensor]`): Its tensors.
 
-    Returns:
-        `Tensor`: `[P]`.
-
     Raises:
         `ValueError`: If they are not those of the layout, or a value is not finite.
     """
-    vector = layout.flatten(state_dict)
-    if not torch.isfinite(vector).all():
-        raise ValueError(f"The adapter holds {int((~torch.isfinite(vector)).sum())} NaN or infinite values of {layout.numel}.")
-    return vector
+    if not all(map(all_finite, layout.parts(state_dict))):
+        wrong = sum(int((~part.isfinite()).sum()) for part in layout.parts(state_dict))
+        raise ValueError(f"The adapter holds {wrong} NaN or infinite values of {layout.numel}.")
 
 
 def check_enabled(model: nn.Module) -> None:
@@ -160,7 +160,12 @@ def unchanged_on_failure(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 def _add(
-    model: PreTrainedModel | PeftModel, layout: AdapterLayout, state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool
+    model: PreTrainedModel | PeftModel,
+    layout: AdapterLayout,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    is_trainable: bool,
+    copy: bool,
 ) -> PeftModel:
     """Inject a new adapter, on the meta device, and fill it."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -183,7 +188,7 @@ def _add(
                 if SHARES in base.__dict__:
                     wrapped.base_model.__class__ = SharingLoraModel  # peft offers no hook before a merge
         layers = layers_with(dict(wrapped.named_modules()), adapter_name)
-        _fill(layers, state_dict, adapter_name, is_trainable)
+        _fill(layers, state_dict, adapter_name, is_trainable, copy)
         matching_parameters(wrapped, layers, layout, adapter_name)
         wrapped.set_adapter(adapter_name, inference_mode=not is_trainable)
     return wrapped.train(is_trainable)
@@ -221,13 +226,13 @@ def _place(key: str) -> tuple[str, str]:
 
 
 @torch.inference_mode(False)  # a tensor that inference mode made can't be written outside of it: no swap, no training
-def _fill(layers: Mapping[str, LoraLayer], state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool) -> None:
+def _fill(layers: Mapping[str, LoraLayer], state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool, copy: bool) -> None:
     """Put values in the place of the meta tensors of a fresh injection, each where its module computes."""
     for key, value in state_dict.items():
         name, matrix = _place(key)
         base: Any = layers[name].get_base_layer()
         device = base._hf_hook.execution_device if has_offloaded_params(base) else base.weight.device
-        parameter = nn.Parameter(value.to(device, copy=True), requires_grad=is_trainable)
+        parameter = nn.Parameter(value.to(device, copy=copy), requires_grad=is_trainable)
         matrices: Any = getattr(layers[name], matrix)
         if isinstance(matrices, nn.ParameterDict):
             matrices[adapter_name] = parameter
@@ -265,7 +270,7 @@ def as_taken(parameters: Mapping[str, nn.Parameter], state_dict: Mapping[str, Te
     """The values of an adapter in the dtypes of the parameters that take them; refuses those that make zeros or infinities of it."""
     values = {key: state_dict[key].to(parameter) for key, parameter in parameters.items()}
     emptied = _acts(state_dict) and not _acts(values)
-    if emptied or not all(value.isfinite().all() for value in values.values()):
+    if emptied or not all(map(all_finite, values.values())):
         dtype = str(next(iter(values.values())).dtype).removeprefix("torch.")
         what = "every B A of the adapter is zero: it would do nothing" if emptied else "the adapter has infinite values"
         raise ValueError(f"In {dtype}, the dtype of the model's adapter, {what}. Convert the model to float32 or bfloat16.")

@@ -15,8 +15,8 @@ from .attach import (
     ATTACHING,
     as_taken,
     check_enabled,
+    check_finite,
     check_name,
-    finite,
     layers_with,
     matching_parameters,
     unchanged_on_failure,
@@ -47,7 +47,7 @@ def load_into(model: PreTrainedModel, layout: AdapterLayout, state_dict: Mapping
             the adapter would do nothing: the model's adapters are disabled, its dtype makes zeros of it, or its values are not in the model
             after the load. The model is as it was then.
     """
-    finite(layout, state_dict)
+    check_finite(layout, state_dict)
     check_name(adapter_name, layout)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(

@@ -20,6 +20,8 @@ from .saving import SavedModel
 from .serving import ServingMixin
 from .text_reading import TextReader
 
+BLOCK = 2**20  # numbers that decoding works on at once: they stay in a processor's cache
+
 
 @dataclass
 class ICMOutput(ModelOutput):
@@ -168,8 +170,39 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         Returns:
             `Tensor`: `[B, P]` fp32, in the units of the adapters.
         """
-        decoded = self._decode(latent, self.normalize_condition(condition))
-        return self.statistics.denormalize(decoded, out=None if torch.is_grad_enabled() else decoded)
+        if torch.is_grad_enabled():
+            return self.statistics.denormalize(self._decode(latent, self.normalize_condition(condition)))
+        return self._whole(self.coordinates(latent, condition))
+
+    def coordinates(self, latent: Tensor, condition: Tensor) -> Tensor:
+        """What [`~ICMGenerator.write`] makes adapters of: `[B, k]` z and `[B, d]` task vectors -> `[B, R]`, or `[B, P]` for `"paper"`."""
+        v = self.normalize_condition(condition)
+        v = v if self.context is None else self.context(v)
+        return self.network.coordinates(latent.to(v.dtype), v)
+
+    def _whole(self, coordinates: Tensor) -> Tensor:
+        return self.write(coordinates, 0, torch.empty(len(coordinates), self.layout.numel, device=coordinates.device))
+
+    @torch.no_grad()
+    def write(self, coordinates: Tensor, first: int, out: Tensor) -> Tensor:
+        """Decode some tensors of adapters, in their units, a few columns at a time: nothing of the size of `out` is made beside it.
+
+        Args:
+            coordinates (`Tensor`): From [`~ICMGenerator.coordinates`].
+            first (`int`): Where in the vector of an adapter the first of the tensors begins.
+            out (`Tensor`): `[B, n]` fp32, is written: the numbers of whole tensors that follow one another.
+
+        Returns:
+            `Tensor`: `out`.
+        """
+        piece = self.statistics.piece
+        mean, std = self.statistics.units()
+        step = max(1, BLOCK // (len(coordinates) + (self.config.num_components or 0)) // piece) * piece
+        for start in range(0, out.shape[1], step):
+            part = out[:, start : start + step]
+            places = slice((first + start) // piece, (first + start + part.shape[1]) // piece)
+            self.network.write(coordinates, first + start, mean[places], std[places], part)
+        return out
 
     @torch.no_grad()
     def fit(self, parameters: Tensor, conditions: Tensor, tasks: Tensor | None = None) -> None:
@@ -225,8 +258,13 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         Raises:
             `ValueError`: If a shape, the number of generators, or the temperature does not fit.
         """
+        return self._whole(self.draw(condition, num_samples, generator, temperature))
+
+    @torch.no_grad()
+    def draw(self, condition: Tensor, num_samples: int = 1, generator: Generators = None, temperature: float = 1.0) -> Tensor:
+        """What [`~ICMGenerator.sample`] decodes, `[n * num_samples, R]`; arguments and errors as there."""
         rows = as_conditions(condition, num_samples, temperature, self.config.condition_dim)
-        return self.decode(draw_noise(len(rows), self.config.latent_size, generator, self.device) * temperature, rows)
+        return self.coordinates(draw_noise(len(rows), self.config.latent_size, generator, self.device) * temperature, rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ICMGenerator:
         super()._apply(fn, recurse)
