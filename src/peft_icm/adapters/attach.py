@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,8 +21,9 @@ from transformers import PreTrainedModel
 
 from ..disk import safe_name
 from .base import SHARES, SharingLoraModel, check_bare
+from .beside import active_parts, fits_beside, inject_beside
 from .layout import DTYPES, AdapterLayout, same_function
-from .tensors import all_finite, module_of
+from .tensors import all_finite, module_of, outside_adapters
 
 logger = logging.getLogger(__name__)
 PROVENANCE = "_peft_icm_provenance"
@@ -103,7 +105,7 @@ def check_enabled(model: nn.Module) -> None:
     Raises:
         `ValueError`: If its adapters are disabled.
     """
-    for name, module in model.named_modules():
+    for name, module in outside_adapters(model).items():
         if isinstance(module, LoraLayer) and module.disable_adapters:
             raise ValueError(
                 f"{name}: the adapters of this model are disabled, and another would do nothing. Call enable_adapters(True) on each of its"
@@ -134,24 +136,29 @@ def check_name(name: str, layout: AdapterLayout) -> str:
 
 
 @contextmanager
-def unchanged_on_failure(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+def unchanged_on_failure(
+    model: PreTrainedModel | PeftModel, modules: Sequence[nn.Module] = (), parts: Sequence[nn.Module | nn.Parameter] = ()
+) -> Iterator[None]:
     """Put every module of a model back as it was where what is done inside fails: peft leaves a half-injected adapter behind.
 
     Values of tensors that are written in place are not put back. Other threads attach nothing meanwhile.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): With or without adapters.
+        modules (`Sequence[nn.Module]`, *optional*): The only ones that are touched, where that is known.
+        parts (`Sequence[nn.Module or nn.Parameter]`, *optional*): Then, the only ones whose `requires_grad` may change.
     """
     with ATTACHING:
         # One level of each module: its attributes, and the entries of its dicts, among them submodules, parameters, ranks and scales.
         # Not its lists: merged_adapters says what is in the base's weights, which stay as they are then.
-        modules = [(module, dict(vars(module))) for module in model.modules()]
-        entries = [(found, dict(found)) for _, attributes in modules for found in attributes.values() if isinstance(found, dict)]
-        gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        touched = [(module, dict(vars(module))) for module in modules or model.modules()]
+        entries = [(found, dict(found)) for _, attributes in touched for found in attributes.values() if isinstance(found, dict)]
+        found = (part.parameters() if isinstance(part, nn.Module) else [part] for part in (parts if modules else [model]))
+        gradients = [(parameter, parameter.requires_grad) for parameter in itertools.chain.from_iterable(found)]
         try:
             yield
         except BaseException:
-            for now, before in [*((vars(module), attributes) for module, attributes in modules), *entries]:
+            for now, before in [*((vars(module), attributes) for module, attributes in touched), *entries]:
                 now.clear()
                 now.update(before)
             for parameter, requires_grad in gradients:
@@ -173,10 +180,22 @@ def _add(
         check_bare(base)
     layout.check_base(base)
     warn_of_another_base(base, layout)
-    warn_of_shared_weights(base, layout)
     config = layout.lora_config()
     config.inference_mode = not is_trainable
     config.base_model_name_or_path = base.name_or_path or layout.base_model_name_or_path
+    outside = outside_adapters(model)
+    if isinstance(model, PeftModel) and fits_beside(model, outside, layout.modules):
+        layers: dict[str, Any] = {name: module for name, module in outside.items() if isinstance(module, LoraLayer)}
+        touched = [model, model.base_model, *layers.values(), *(child for layer in layers.values() for child in layer.children())]
+        with unchanged_on_failure(model, touched, active_parts(layers)):
+            with torch.device("meta"):
+                inject_beside(model, layers, layout.modules, adapter_name, config)
+            layers = layers_with(layers, adapter_name)
+            _fill(layers, state_dict, adapter_name, is_trainable, copy)
+            matching_parameters(model, layers, layout, adapter_name)
+        _set_mode(model, outside, layers, adapter_name, is_trainable)
+        return model
+    warn_of_shared_weights(base, layout)
     # Not low_cpu_mem_usage=True, which patches nn.Module for all threads of the process: the device context is of one thread.
     with unchanged_on_failure(model):
         with torch.device("meta"):
@@ -187,7 +206,7 @@ def _add(
                 wrapped = get_peft_model(model, config, adapter_name=adapter_name)
                 if SHARES in base.__dict__:
                     wrapped.base_model.__class__ = SharingLoraModel  # peft offers no hook before a merge
-        layers = layers_with(dict(wrapped.named_modules()), adapter_name)
+        layers = layers_with(outside_adapters(wrapped), adapter_name)
         _fill(layers, state_dict, adapter_name, is_trainable, copy)
         matching_parameters(wrapped, layers, layout, adapter_name)
         wrapped.set_adapter(adapter_name, inference_mode=not is_trainable)
@@ -199,8 +218,8 @@ def _add(
 # low_cpu_mem_usage casts an fp32 adapter to the bf16 of its base, and leaves it on meta where the base is offloaded.
 def _swap(model: PeftModel, layout: AdapterLayout, state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool) -> None:
     """Write new values into an adapter that is there; what is already as it should be is not set again."""
-    modules = dict(model.named_modules())
-    layers = layers_with(modules, adapter_name)
+    outside = outside_adapters(model)
+    layers = layers_with(outside, adapter_name)
     parameters = matching_parameters(model, layers, layout, adapter_name)
     values = as_taken(parameters, state_dict)
     active = all(layer.active_adapters == [adapter_name] and not layer.merged for layer in layers.values())
@@ -210,8 +229,18 @@ def _swap(model: PeftModel, layout: AdapterLayout, state_dict: Mapping[str, Tens
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(values[key])
-    if any(module.training != is_trainable for module in modules.values()):
-        model.train(is_trainable)
+    _set_mode(model, outside, layers, adapter_name, is_trainable)
+
+
+def _set_mode(model: PeftModel, outside: Mapping[str, nn.Module], layers: Mapping[str, Any], adapter_name: str, train: bool) -> None:
+    """`model.train(train)`, but for what is inside of other adapters where all around them is in that mode already."""
+    if any(module.training != train for module in outside.values()):
+        model.train(train)
+        return
+    for layer in layers.values():
+        for part in layer.children():
+            if isinstance(part, nn.ModuleDict) and adapter_name in part:
+                part[adapter_name].train(train)
 
 
 def layers_with(modules: Mapping[str, nn.Module], adapter_name: str) -> dict[str, LoraLayer]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .functional import normal_config, scales
-from .tensors import PREFIX, KeyMap, check_tensors, expected_shape, map_keys, module_of, natural, ranks_of
+from .tensors import PREFIX, KeyMap, check_tensors, expected_shape, map_keys, module_of, natural, outside_adapters, ranks_of
 
 GROUP = 2**18  # numbers that a walk over an adapter takes together, where its tensors are smaller
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -336,7 +336,7 @@ class AdapterLayout:
         if self.base_model_class and type(base).__name__ != self.base_model_class:
             raise ValueError(f"The adapters are for a {self.base_model_class}, found a {type(base).__name__}.")
         ranks = self.ranks
-        modules = {name: getattr(module, "base_layer", module) for name, module in base.named_modules()}
+        modules = {name: getattr(module, "base_layer", module) for name, module in outside_adapters(base).items()}
         for key, shape in zip(self.keys, self.shapes, strict=True):
             name = module_of(key)
             if name not in modules:

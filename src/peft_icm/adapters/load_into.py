@@ -24,7 +24,7 @@ from .attach import (
     warn_of_shared_weights,
 )
 from .layout import AdapterLayout
-from .tensors import PREFIX
+from .tensors import PREFIX, outside_adapters
 
 REPORTS = logging.getLogger("transformers.integrations.peft")
 
@@ -100,12 +100,12 @@ def _swap(model: PreTrainedModel, layout: AdapterLayout, state_dict: Mapping[str
 
 
 def _parameters(model: PreTrainedModel, layout: AdapterLayout, adapter_name: str) -> dict[str, torch.nn.Parameter]:
-    modules = {PREFIX + name: module for name, module in model.named_modules()}
+    modules = {PREFIX + name: module for name, module in outside_adapters(model).items()}
     return matching_parameters(model, layers_with(modules, adapter_name), layout, adapter_name)
 
 
 def _activate(model: PreTrainedModel, adapter_name: str) -> None:
     """Make the adapter the only active one, unless it is: what is compiled is guarded by it."""
-    layers: Any = layers_with(dict(model.named_modules()), adapter_name).values()
+    layers: Any = layers_with(outside_adapters(model), adapter_name).values()
     if any(layer.active_adapters != [adapter_name] or layer.merged for layer in layers):
         set_adapter(model, adapter_name, inference_mode=True)

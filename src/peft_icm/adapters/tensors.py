@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 PREFIX = "base_model.model."
@@ -89,6 +90,23 @@ def _check_pair(module: str, pair: dict[str, tuple[int, ...]]) -> None:
     groups, rest = divmod(a[0], b[1])  # in a grouped convolution each row of B meets the r / groups rows of A of its group
     if rest or len(a) != len(b) or any(size != 1 for size in b[2:]) or (groups > 1 and (len(a) < 3 or b[0] % groups)):
         raise ValueError(f"{module}: A of shape {a} and B of shape {b} do not multiply: expected one rank.")
+
+
+def outside_adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's `named_modules()` without what adapters add inside of their layers: a walk that takes as long however many there are."""
+    found: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+    waiting: list[tuple[str, Any]] = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        found[name] = module
+        layer: Any = module
+        inner = [("base_layer", layer.base_layer)] if isinstance(module, BaseTunerLayer) else module.named_children()
+        waiting += [(f"{name}.{child}" if name else child, part) for child, part in reversed(list(inner))]
+    return found
 
 
 def all_finite(tensor: Tensor) -> bool:

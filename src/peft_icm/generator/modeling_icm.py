@@ -19,6 +19,7 @@ from .sampling import Generators, as_conditions, draw_noise
 from .saving import SavedModel
 from .serving import ServingMixin
 from .text_reading import TextReader
+from .weights import EXACT
 
 BLOCK = 2**20  # numbers that decoding works on at once: they stay in a processor's cache
 
@@ -68,7 +69,7 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
     base_model_prefix = "icm"
     main_input_name = "parameters"
     accepts_loss_kwargs = False
-    _keep_in_fp32_modules_strict = ["statistics", "space", "reader", "text_reader"]  # noqa: RUF012 - transformers reads a plain list
+    _keep_in_fp32_modules_strict = list(EXACT)  # noqa: RUF012 - transformers reads a plain list
     _no_split_modules: list[str] = []  # noqa: RUF012
 
     def __init__(self, config: ICMConfig):
@@ -214,8 +215,9 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
             tasks (`Tensor`, *optional*): `[M]` index of the task of each, in the order of `config.tasks`; needed by a condition space.
 
         Raises:
-            `ValueError`: If there is a condition space and `tasks` is missing, or lacks a task.
+            `ValueError`: If there is a condition space and `tasks` is missing, or lacks a task, or the generator is of 8 bits.
         """
+        self._check_trainable()
         if self.space is not None:
             if tasks is None or len(tasks.unique()) != len(self.config.tasks or []):
                 raise ValueError(f"condition_space={self.config.condition_space!r} needs tasks=, with every task of the config.")
@@ -265,6 +267,20 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         """What [`~ICMGenerator.sample`] decodes, `[n * num_samples, R]`; arguments and errors as there."""
         rows = as_conditions(condition, num_samples, temperature, self.config.condition_dim)
         return self.coordinates(draw_noise(len(rows), self.config.latent_size, generator, self.device) * temperature, rows)
+
+    def train(self, mode: bool = True) -> ICMGenerator:
+        """As in torch; a generator of 8 bits stays in eval mode.
+
+        Raises:
+            `ValueError`: If `mode` is `True` and `config.basis_dtype` is `"int8"`.
+        """
+        if mode:
+            self._check_trainable()
+        return super().train(mode)
+
+    def _check_trainable(self) -> None:
+        if self.config.basis_dtype is not None:
+            raise ValueError(f"basis_dtype={self.config.basis_dtype!r}: generators of 8 bits do not train, take the one it was saved from.")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ICMGenerator:
         super()._apply(fn, recurse)
