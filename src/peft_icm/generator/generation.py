@@ -23,6 +23,7 @@ from ..disk import MAX_NAME_BYTES, inside
 from ..hub.files import is_local, resolve
 from ..unknown import OnUnknown, check_request
 from .configuration_icm import ICMConfig
+from .networks import Statistics
 from .requests import RequestsMixin, TaskInputs, scaled
 from .sampling import Generators, as_conditions
 
@@ -59,8 +60,9 @@ class AdapterMixin(RequestsMixin):
     config: ICMConfig
     layout: AdapterLayout
     sample: Callable[..., Tensor]
-    draw: Callable[..., Tensor]
-    write: Callable[..., Tensor]
+    statistics: Statistics
+    _draw: Callable[..., Tensor]
+    _decode_into: Callable[..., Tensor]
     device: torch.device
     _source: Source
     _lazy: dict[str, Any]  # the encoder and the base, once loaded; a dict keeps them out of the generator's own modules
@@ -197,17 +199,19 @@ class AdapterMixin(RequestsMixin):
         condition = self.task_vector(text, **task)
         if task.get("task_vector") is None:
             condition, strength = self._answer(condition, text, on_unknown, strength, **task)
-        return self._tensors(self.draw(condition, 1, generator, temperature), strength), strength
+        return self._tensors(self._draw(condition, 1, generator, temperature), strength), strength
 
     @torch.inference_mode(False)  # as attach's _fill, whose parameters these tensors become
     @torch.no_grad()
     def _tensors(self, coordinates: Tensor, strength: float) -> dict[str, Tensor]:
-        """One adapter of what `draw` gave for it, `[1, R]`: its tensors are decoded in turn, and it is never whole beside them."""
-        layout, sizes, first = self.layout, self.layout.sizes, 0
+        """One adapter of what `_draw` gave for it, `[1, R]`: its tensors are decoded in turn, and it is never whole beside them."""
+        layout, sizes, units, first = self.layout, self.layout.sizes, self.statistics.units(), 0
         found: dict[str, Tensor] = {}
         for group in layout.groups():
             count = sum(sizes[group])
-            part = self.write(coordinates, first, torch.empty(1, count, device=coordinates.device))[0].to("cpu", layout.torch_dtype)
+            part = self._decode_into(coordinates, units, first, torch.empty(1, count, device=coordinates.device))[0].to(
+                "cpu", layout.torch_dtype
+            )
             if not all_finite(part):
                 raise ValueError(f"The generated adapter holds NaN or infinite values in {layout.dtype}: lower the temperature.")
             parts = [part] if count == sizes[group.start] else [values.clone() for values in part.split(sizes[group])]
@@ -306,7 +310,7 @@ class AdapterMixin(RequestsMixin):
             raise ValueError(f"Expected {len(texts)} different adapter names, found {names}.")
         check_request(on_unknown, strength)
         vectors, strengths = zip(*[self._answer(self.task_vector(text), text, on_unknown, strength) for text in texts], strict=True)
-        coordinates = self.draw(torch.stack(vectors), 1, generator, temperature)
+        coordinates = self._draw(torch.stack(vectors), 1, generator, temperature)
         model = self._base_for(base_model, base_model_kwargs)
         generators = generator if isinstance(generator, Sequence) else [generator] * len(names)
         with unchanged_on_failure(model):

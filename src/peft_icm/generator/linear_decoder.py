@@ -37,8 +37,8 @@ class LinearDecoder(nn.Module):
 
     @property
     def rows(self) -> Tensor:
-        """U in floating point, `[R, P]`: the parameter itself, or a copy four times its size."""
-        return self.basis if self.basis.is_floating_point() else self.basis * self.row_scale[:, None]
+        """U in floating point, `[R, P]`: the parameter itself, or of 8 bits an fp32 copy, four times its size."""
+        return self.basis if self.basis.is_floating_point() else self.basis * self.row_scale.float()[:, None]
 
     def combine(self, coordinates: Tensor) -> Tensor:
         """`[B, R]` -> normalised `[B, P]`, differentiable."""

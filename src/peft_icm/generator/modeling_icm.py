@@ -173,36 +173,37 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         """
         if torch.is_grad_enabled():
             return self.statistics.denormalize(self._decode(latent, self.normalize_condition(condition)))
-        return self._whole(self.coordinates(latent, condition))
+        return self._whole(self._coordinates(latent, condition))
 
-    def coordinates(self, latent: Tensor, condition: Tensor) -> Tensor:
-        """What [`~ICMGenerator.write`] makes adapters of: `[B, k]` z and `[B, d]` task vectors -> `[B, R]`, or `[B, P]` for `"paper"`."""
+    def _coordinates(self, latent: Tensor, condition: Tensor) -> Tensor:
+        """What `_decode_into` makes adapters of: `[B, k]` z and `[B, d]` task vectors -> `[B, R]`, or `[B, P]` for `"paper"`."""
         v = self.normalize_condition(condition)
         v = v if self.context is None else self.context(v)
         return self.network.coordinates(latent.to(v.dtype), v)
 
     def _whole(self, coordinates: Tensor) -> Tensor:
-        return self.write(coordinates, 0, torch.empty(len(coordinates), self.layout.numel, device=coordinates.device))
+        out = torch.empty(len(coordinates), self.layout.numel, device=coordinates.device)
+        return self._decode_into(coordinates, self.statistics.units(), 0, out)
 
     @torch.no_grad()
-    def write(self, coordinates: Tensor, first: int, out: Tensor) -> Tensor:
-        """Decode some tensors of adapters, in their units, a few columns at a time: nothing of the size of `out` is made beside it.
+    def _decode_into(self, coordinates: Tensor, units: tuple[Tensor, Tensor], first: int, out: Tensor) -> Tensor:
+        """Decode tensors that follow one another, in their units, a few columns at a time: nothing of their size is made beside them.
 
         Args:
-            coordinates (`Tensor`): From [`~ICMGenerator.coordinates`].
-            first (`int`): Where in the vector of an adapter the first of the tensors begins.
-            out (`Tensor`): `[B, n]` fp32, is written: the numbers of whole tensors that follow one another.
+            coordinates (`Tensor`): `[B, R]`, of `_coordinates`.
+            units (`tuple[Tensor, Tensor]`): [`Statistics.units`].
+            first (`int`): Where in the vector of an adapter they begin.
+            out (`Tensor`): `[B, n]` fp32, where they are written.
 
         Returns:
             `Tensor`: `out`.
         """
         piece = self.statistics.piece
-        mean, std = self.statistics.units()
         step = max(1, BLOCK // (len(coordinates) + (self.config.num_components or 0)) // piece) * piece
         for start in range(0, out.shape[1], step):
             part = out[:, start : start + step]
             places = slice((first + start) // piece, (first + start + part.shape[1]) // piece)
-            self.network.write(coordinates, first + start, mean[places], std[places], part)
+            self.network.write(coordinates, first + start, units[0][places], units[1][places], part)
         return out
 
     @torch.no_grad()
@@ -260,13 +261,13 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         Raises:
             `ValueError`: If a shape, the number of generators, or the temperature does not fit.
         """
-        return self._whole(self.draw(condition, num_samples, generator, temperature))
+        return self._whole(self._draw(condition, num_samples, generator, temperature))
 
     @torch.no_grad()
-    def draw(self, condition: Tensor, num_samples: int = 1, generator: Generators = None, temperature: float = 1.0) -> Tensor:
+    def _draw(self, condition: Tensor, num_samples: int = 1, generator: Generators = None, temperature: float = 1.0) -> Tensor:
         """What [`~ICMGenerator.sample`] decodes, `[n * num_samples, R]`; arguments and errors as there."""
         rows = as_conditions(condition, num_samples, temperature, self.config.condition_dim)
-        return self.coordinates(draw_noise(len(rows), self.config.latent_size, generator, self.device) * temperature, rows)
+        return self._coordinates(draw_noise(len(rows), self.config.latent_size, generator, self.device) * temperature, rows)
 
     def train(self, mode: bool = True) -> ICMGenerator:
         """As in torch; a generator of 8 bits stays in eval mode.

@@ -281,7 +281,7 @@ class DirectNetwork(LinearDecoder):
 
     def deviations(self) -> Tensor:
         """`[P]`: standard deviation of each number of l over tasks and z, `sqrt(diag(U^T C U))`."""
-        rows = self.rows
+        rows = self.rows.to(self.spread.dtype)
         return ((self.spread @ rows) * rows).sum(0).clamp(min=0).sqrt()
 
     def reconstruction_loss(self, squared_error: Tensor) -> Tensor:
