@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .configuration_icm import ICMConfig
 from .linear_decoder import LinearDecoder
 
-PIECE = 2**16  # the most numbers that one mean and deviation are looked up for together
+PIECE = 2**14  # the most numbers that one mean and deviation are looked up for together
 
 
 class Statistics(nn.Module):
