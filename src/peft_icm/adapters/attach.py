@@ -70,11 +70,12 @@ def attach(
     if not isinstance(model, PreTrainedModel | PeftModel):
         raise ValueError(f"The base model is a {type(model).__name__}, must be a PreTrainedModel or a PeftModel.")
     with ATTACHING:
-        check_enabled(model)
+        outside = outside_adapters(model)
+        check_enabled(outside)
         if isinstance(model, PeftModel) and adapter_name in model.peft_config:
-            _swap(model, layout, state_dict, adapter_name, is_trainable)
+            _swap(model, outside, layout, state_dict, adapter_name, is_trainable)
         else:
-            model = _add(model, layout, state_dict, adapter_name, is_trainable, copy)
+            model = _add(model, outside, layout, state_dict, adapter_name, is_trainable, copy)
         # On the configuration, which goes when the adapter goes; peft saves its fields alone. In each dtype: a cast is no training.
         kept = {**provenance, "sha256": {dtype: layout.sha256(state_dict, dtype) for dtype in DTYPES}} if provenance else {}
         vars(model.peft_config[adapter_name])[PROVENANCE] = kept
@@ -96,16 +97,16 @@ def check_finite(layout: AdapterLayout, state_dict: Mapping[str, Tensor]) -> Non
         raise ValueError(f"The adapter holds {wrong} NaN or infinite values of {layout.numel}.")
 
 
-def check_enabled(model: nn.Module) -> None:
+def check_enabled(modules: Mapping[str, nn.Module]) -> None:
     """Refuse a model on which an adapter would do nothing.
 
     Args:
-        model (`nn.Module`): With or without adapters.
+        modules (`Mapping[str, nn.Module]`): [`outside_adapters`] of it.
 
     Raises:
         `ValueError`: If its adapters are disabled.
     """
-    for name, module in outside_adapters(model).items():
+    for name, module in modules.items():
         if isinstance(module, LoraLayer) and module.disable_adapters:
             raise ValueError(
                 f"{name}: the adapters of this model are disabled, and another would do nothing. Call enable_adapters(True) on each of its"
@@ -168,6 +169,7 @@ def unchanged_on_failure(
 
 def _add(
     model: PreTrainedModel | PeftModel,
+    outside: Mapping[str, nn.Module],
     layout: AdapterLayout,
     state_dict: Mapping[str, Tensor],
     adapter_name: str,
@@ -183,7 +185,6 @@ def _add(
     config = layout.lora_config()
     config.inference_mode = not is_trainable
     config.base_model_name_or_path = base.name_or_path or layout.base_model_name_or_path
-    outside = outside_adapters(model)
     if isinstance(model, PeftModel) and fits_beside(model, outside, layout.modules):
         layers: dict[str, Any] = {name: module for name, module in outside.items() if isinstance(module, LoraLayer)}
         touched = [model, model.base_model, *layers.values(), *(child for layer in layers.values() for child in layer.children())]
@@ -216,9 +217,15 @@ def _add(
 # What peft itself has for `_swap` and `_fill` does less, and takes four to six times as long on 32 layers: hotswap_adapter_from_state_dict
 # zeroes every adapter whose name contains this one's, and takes neither embeddings nor what is merged; set_peft_model_state_dict with
 # low_cpu_mem_usage casts an fp32 adapter to the bf16 of its base, and leaves it on meta where the base is offloaded.
-def _swap(model: PeftModel, layout: AdapterLayout, state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool) -> None:
+def _swap(
+    model: PeftModel,
+    outside: Mapping[str, nn.Module],
+    layout: AdapterLayout,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    is_trainable: bool,
+) -> None:
     """Write new values into an adapter that is there; what is already as it should be is not set again."""
-    outside = outside_adapters(model)
     layers = layers_with(outside, adapter_name)
     parameters = matching_parameters(model, layers, layout, adapter_name)
     values = as_taken(parameters, state_dict)
@@ -239,7 +246,7 @@ def _set_mode(model: PeftModel, outside: Mapping[str, nn.Module], layers: Mappin
         return
     for layer in layers.values():
         for part in layer.children():
-            if isinstance(part, nn.ModuleDict) and adapter_name in part:
+            if isinstance(part, nn.ModuleDict) and adapter_name in part and part[adapter_name].training != train:
                 part[adapter_name].train(train)
 
 
@@ -296,10 +303,11 @@ def matching_parameters(
 
 
 def as_taken(parameters: Mapping[str, nn.Parameter], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values of an adapter in the dtypes of the parameters that take them; refuses those that make zeros or infinities of it."""
+    """The values of a checked adapter in the dtypes of the parameters that take them; refuses those that make zeros or infinities of it."""
     values = {key: state_dict[key].to(parameter) for key, parameter in parameters.items()}
-    emptied = _acts(state_dict) and not _acts(values)
-    if emptied or not all(map(all_finite, values.values())):
+    cast = [value for key, value in values.items() if value is not state_dict[key]]
+    emptied = bool(cast) and _acts(state_dict) and not _acts(values)
+    if emptied or not all(map(all_finite, cast)):
         dtype = str(next(iter(values.values())).dtype).removeprefix("torch.")
         what = "every B A of the adapter is zero: it would do nothing" if emptied else "the adapter has infinite values"
         raise ValueError(f"In {dtype}, the dtype of the model's adapter, {what}. Convert the model to float32 or bfloat16.")

@@ -55,7 +55,7 @@ def load_into(model: PreTrainedModel, layout: AdapterLayout, state_dict: Mapping
             " compiled model pass the model that was compiled."
         )
     with ATTACHING:
-        check_enabled(model)
+        check_enabled(outside_adapters(model))
         if adapter_name in getattr(model, "peft_config", {}):
             _swap(model, layout, state_dict, adapter_name)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -114,6 +115,7 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
+@functools.lru_cache(2**14)  # a swap asks for each key several times
 def module_of(key: str) -> str:
     """Name of the base's module that a key belongs to."""
     return _PARAMETER.sub("", key).removeprefix(PREFIX)

@@ -48,7 +48,7 @@ class LinearDecoder(nn.Module):
     def write(self, coordinates: Tensor, first: int, mean: Tensor, std: Tensor, out: Tensor) -> None:
         """Write some columns of the adapters, in their own units.
 
-        Mean and deviation go into whichever is smaller, these columns of U or those of the result.
+        Mean and deviation go into these columns of U where that is less work than into those of the result.
 
         Args:
             coordinates (`Tensor`): `[B, R]`.
@@ -61,18 +61,17 @@ class LinearDecoder(nn.Module):
         center, basis = self.center[columns], self.basis[:, columns]
         if not basis.is_floating_point():
             coordinates, center, basis = coordinates.float() * self.row_scale.float(), center.float(), basis.float()
-        if basis.dtype == torch.float32 and len(coordinates) > len(basis):
+        if basis.dtype == torch.float32 and len(basis) < 3 * len(coordinates):  # one pass over U against three over the result
             folded = basis.new_empty(len(basis) + 1, basis.shape[1])
             torch.mul(basis.unflatten(1, pieces), std, out=folded[:-1].unflatten(1, pieces))
-            torch.addcmul(mean, center.unflatten(0, pieces), std, out=folded[-1].unflatten(0, pieces))
+            torch.mul(center.unflatten(0, pieces), std, out=folded[-1].unflatten(0, pieces)).add_(mean)
             torch.mm(torch.cat([coordinates, coordinates.new_ones(len(coordinates), 1)], dim=1), folded, out=out)
         else:
             if basis.dtype == torch.float32:
                 torch.addmm(center, coordinates, basis, out=out)
             else:
                 out.copy_(torch.addmm(center, coordinates, basis))
-            parts = out.unflatten(1, pieces)
-            torch.addcmul(mean, parts, std, out=parts)
+            out.unflatten(1, pieces).mul_(std).add_(mean)  # addcmul is five times as slow where it broadcasts
 
 
 @torch.no_grad()

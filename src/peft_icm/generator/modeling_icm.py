@@ -182,7 +182,7 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         return self.network.coordinates(latent.to(v.dtype), v)
 
     def _whole(self, coordinates: Tensor) -> Tensor:
-        out = torch.empty(len(coordinates), self.layout.numel, device=coordinates.device)
+        out = torch.empty(len(coordinates), sum(self.statistics.sizes), device=coordinates.device)
         return self._decode_into(coordinates, self.statistics.units(), 0, out)
 
     @torch.no_grad()

@@ -95,7 +95,7 @@ class Statistics(nn.Module):
     def denormalize(self, parameters: Tensor) -> Tensor:
         """The inverse of [`~Statistics.normalize`]; fp32."""
         mean, std = self.units()
-        return torch.addcmul(mean, parameters.float().unflatten(-1, (len(mean), -1)), std).flatten(-2)
+        return (parameters.float().unflatten(-1, (len(mean), -1)) * std + mean).flatten(-2)
 
     def normalize_condition(self, condition: Tensor) -> Tensor:
         """`[..., d]` task vectors -> zero mean, pooled unit variance (or that of each number), fp32."""
@@ -348,7 +348,7 @@ class PaperNetwork(nn.Module):
         """Write some columns of the adapters in their own units, as [`LinearDecoder.write`] does, from the decoded `[B, P]`."""
         parts = (len(mean), -1)
         found = coordinates[:, first : first + out.shape[1]].float()
-        torch.addcmul(mean, found.unflatten(1, parts), std, out=out.unflatten(1, parts))
+        torch.mul(found.unflatten(1, parts), std, out=out.unflatten(1, parts)).add_(mean)
 
     def reconstruction_loss(self, squared_error: Tensor) -> Tensor:
         """`[B]` mean squared errors, as published."""
