@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,8 +21,9 @@ from transformers import PreTrainedModel
 
 from ..disk import safe_name
 from .base import SHARES, SharingLoraModel, check_bare
-from .layout import AdapterLayout, same_function
-from .tensors import module_of
+from .beside import active_parts, fits_beside, inject_beside
+from .layout import DTYPES, AdapterLayout, same_function
+from .tensors import all_finite, module_of, outside_adapters
 
 logger = logging.getLogger(__name__)
 PROVENANCE = "_peft_icm_provenance"
@@ -36,6 +38,7 @@ def attach(
     adapter_name: str = "default",
     is_trainable: bool = False,
     provenance: Mapping[str, Any] | None = None,
+    copy: bool = True,
 ) -> PeftModel:
     """Put an adapter onto a base model and make it the active one.
 
@@ -49,8 +52,10 @@ def attach(
         state_dict (`Mapping[str, Tensor]`): Its tensors.
         adapter_name (`str`, defaults to `"default"`): Name of the adapter.
         is_trainable (`bool`, defaults to `False`): Leave the adapter in train mode with gradients.
-        provenance (`Mapping[str, Any]`, *optional*): How the adapter was generated, which [`save_adapter`] writes into the card. The
-            values are kept with it, to tell later whether they still are those.
+        provenance (`Mapping[str, Any]`, *optional*): How the adapter was generated, which [`save_adapter`] writes into the card. A digest
+            of the values is kept with it, to tell later whether they still are those.
+        copy (`bool`, defaults to `True`): Copy the tensors. With `False` they are given away: a new adapter of the same device consists of
+            them, and takes no memory beside.
 
     Returns:
         `PeftModel`: The same object where `model` is a `PeftModel` already.
@@ -60,50 +65,48 @@ def attach(
             the name is taken by another layout, a value is not finite, or the adapter would do nothing, because the model's adapters are
             disabled or its dtype makes zeros of it; the model is as it was then.
     """
-    vector = finite(layout, state_dict)
+    check_finite(layout, state_dict)
     check_name(adapter_name, layout)
     if not isinstance(model, PreTrainedModel | PeftModel):
         raise ValueError(f"The base model is a {type(model).__name__}, must be a PreTrainedModel or a PeftModel.")
     with ATTACHING:
-        check_enabled(model)
+        outside = outside_adapters(model)
+        check_enabled(outside)
         if isinstance(model, PeftModel) and adapter_name in model.peft_config:
-            _swap(model, layout, state_dict, adapter_name, is_trainable)
+            _swap(model, outside, layout, state_dict, adapter_name, is_trainable)
         else:
-            model = _add(model, layout, state_dict, adapter_name, is_trainable)
-        # On the configuration, which goes when the adapter goes; peft saves its fields alone.
-        vars(model.peft_config[adapter_name])[PROVENANCE] = {**provenance, "vector": vector.cpu()} if provenance else {}
+            model = _add(model, outside, layout, state_dict, adapter_name, is_trainable, copy)
+        # On the configuration, which goes when the adapter goes; peft saves its fields alone. In each dtype: a cast is no training.
+        kept = {**provenance, "sha256": {dtype: layout.sha256(state_dict, dtype) for dtype in DTYPES}} if provenance else {}
+        vars(model.peft_config[adapter_name])[PROVENANCE] = kept
     return model
 
 
-def finite(layout: AdapterLayout, state_dict: Mapping[str, Tensor]) -> Tensor:
-    """The vector of an adapter, checked.
+def check_finite(layout: AdapterLayout, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter with a value that is none.
 
     Args:
         layout (`AdapterLayout`): Of the adapter.
         state_dict (`Mapping[str, Tensor]`): Its tensors.
 
-    Returns:
-        `Tensor`: `[P]`.
-
     Raises:
         `ValueError`: If they are not those of the layout, or a value is not finite.
     """
-    vector = layout.flatten(state_dict)
-    if not torch.isfinite(vector).all():
-        raise ValueError(f"The adapter holds {int((~torch.isfinite(vector)).sum())} NaN or infinite values of {layout.numel}.")
-    return vector
+    if not all(map(all_finite, layout.parts(state_dict))):
+        wrong = sum(int((~part.isfinite()).sum()) for part in layout.parts(state_dict))
+        raise ValueError(f"The adapter holds {wrong} NaN or infinite values of {layout.numel}.")
 
 
-def check_enabled(model: nn.Module) -> None:
+def check_enabled(modules: Mapping[str, nn.Module]) -> None:
     """Refuse a model on which an adapter would do nothing.
 
     Args:
-        model (`nn.Module`): With or without adapters.
+        modules (`Mapping[str, nn.Module]`): [`outside_adapters`] of it.
 
     Raises:
         `ValueError`: If its adapters are disabled.
     """
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if isinstance(module, LoraLayer) and module.disable_adapters:
             raise ValueError(
                 f"{name}: the adapters of this model are disabled, and another would do nothing. Call enable_adapters(True) on each of its"
@@ -134,24 +137,29 @@ def check_name(name: str, layout: AdapterLayout) -> str:
 
 
 @contextmanager
-def unchanged_on_failure(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+def unchanged_on_failure(
+    model: PreTrainedModel | PeftModel, modules: Sequence[nn.Module] = (), parts: Sequence[nn.Module | nn.Parameter] = ()
+) -> Iterator[None]:
     """Put every module of a model back as it was where what is done inside fails: peft leaves a half-injected adapter behind.
 
     Values of tensors that are written in place are not put back. Other threads attach nothing meanwhile.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): With or without adapters.
+        modules (`Sequence[nn.Module]`, *optional*): The only ones that are touched, where that is known.
+        parts (`Sequence[nn.Module or nn.Parameter]`, *optional*): Then, the only ones whose `requires_grad` may change.
     """
     with ATTACHING:
         # One level of each module: its attributes, and the entries of its dicts, among them submodules, parameters, ranks and scales.
         # Not its lists: merged_adapters says what is in the base's weights, which stay as they are then.
-        modules = [(module, dict(vars(module))) for module in model.modules()]
-        entries = [(found, dict(found)) for _, attributes in modules for found in attributes.values() if isinstance(found, dict)]
-        gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        touched = [(module, dict(vars(module))) for module in modules or model.modules()]
+        entries = [(found, dict(found)) for _, attributes in touched for found in attributes.values() if isinstance(found, dict)]
+        found = (part.parameters() if isinstance(part, nn.Module) else [part] for part in (parts if modules else [model]))
+        gradients = [(parameter, parameter.requires_grad) for parameter in itertools.chain.from_iterable(found)]
         try:
             yield
         except BaseException:
-            for now, before in [*((vars(module), attributes) for module, attributes in modules), *entries]:
+            for now, before in [*((vars(module), attributes) for module, attributes in touched), *entries]:
                 now.clear()
                 now.update(before)
             for parameter, requires_grad in gradients:
@@ -160,7 +168,13 @@ def unchanged_on_failure(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 def _add(
-    model: PreTrainedModel | PeftModel, layout: AdapterLayout, state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool
+    model: PreTrainedModel | PeftModel,
+    outside: Mapping[str, nn.Module],
+    layout: AdapterLayout,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    is_trainable: bool,
+    copy: bool,
 ) -> PeftModel:
     """Inject a new adapter, on the meta device, and fill it."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -168,10 +182,21 @@ def _add(
         check_bare(base)
     layout.check_base(base)
     warn_of_another_base(base, layout)
-    warn_of_shared_weights(base, layout)
     config = layout.lora_config()
     config.inference_mode = not is_trainable
     config.base_model_name_or_path = base.name_or_path or layout.base_model_name_or_path
+    if isinstance(model, PeftModel) and fits_beside(model, outside, layout.modules):
+        layers: dict[str, Any] = {name: module for name, module in outside.items() if isinstance(module, LoraLayer)}
+        touched = [model, model.base_model, *layers.values(), *(child for layer in layers.values() for child in layer.children())]
+        with unchanged_on_failure(model, touched, active_parts(layers)):
+            with torch.device("meta"):
+                inject_beside(model, layers, layout.modules, adapter_name, config)
+            layers = layers_with(layers, adapter_name)
+            _fill(layers, state_dict, adapter_name, is_trainable, copy)
+            matching_parameters(model, layers, layout, adapter_name)
+        _set_mode(model, outside, layers, adapter_name, is_trainable)
+        return model
+    warn_of_shared_weights(base, layout)
     # Not low_cpu_mem_usage=True, which patches nn.Module for all threads of the process: the device context is of one thread.
     with unchanged_on_failure(model):
         with torch.device("meta"):
@@ -182,8 +207,8 @@ def _add(
                 wrapped = get_peft_model(model, config, adapter_name=adapter_name)
                 if SHARES in base.__dict__:
                     wrapped.base_model.__class__ = SharingLoraModel  # peft offers no hook before a merge
-        layers = layers_with(dict(wrapped.named_modules()), adapter_name)
-        _fill(layers, state_dict, adapter_name, is_trainable)
+        layers = layers_with(outside_adapters(wrapped), adapter_name)
+        _fill(layers, state_dict, adapter_name, is_trainable, copy)
         matching_parameters(wrapped, layers, layout, adapter_name)
         wrapped.set_adapter(adapter_name, inference_mode=not is_trainable)
     return wrapped.train(is_trainable)
@@ -192,10 +217,16 @@ def _add(
 # What peft itself has for `_swap` and `_fill` does less, and takes four to six times as long on 32 layers: hotswap_adapter_from_state_dict
 # zeroes every adapter whose name contains this one's, and takes neither embeddings nor what is merged; set_peft_model_state_dict with
 # low_cpu_mem_usage casts an fp32 adapter to the bf16 of its base, and leaves it on meta where the base is offloaded.
-def _swap(model: PeftModel, layout: AdapterLayout, state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool) -> None:
+def _swap(
+    model: PeftModel,
+    outside: Mapping[str, nn.Module],
+    layout: AdapterLayout,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    is_trainable: bool,
+) -> None:
     """Write new values into an adapter that is there; what is already as it should be is not set again."""
-    modules = dict(model.named_modules())
-    layers = layers_with(modules, adapter_name)
+    layers = layers_with(outside, adapter_name)
     parameters = matching_parameters(model, layers, layout, adapter_name)
     values = as_taken(parameters, state_dict)
     active = all(layer.active_adapters == [adapter_name] and not layer.merged for layer in layers.values())
@@ -205,8 +236,18 @@ def _swap(model: PeftModel, layout: AdapterLayout, state_dict: Mapping[str, Tens
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(values[key])
-    if any(module.training != is_trainable for module in modules.values()):
-        model.train(is_trainable)
+    _set_mode(model, outside, layers, adapter_name, is_trainable)
+
+
+def _set_mode(model: PeftModel, outside: Mapping[str, nn.Module], layers: Mapping[str, Any], adapter_name: str, train: bool) -> None:
+    """`model.train(train)`, but for what is inside of other adapters where all around them is in that mode already."""
+    if any(module.training != train for module in outside.values()):
+        model.train(train)
+        return
+    for layer in layers.values():
+        for part in layer.children():
+            if isinstance(part, nn.ModuleDict) and adapter_name in part and part[adapter_name].training != train:
+                part[adapter_name].train(train)
 
 
 def layers_with(modules: Mapping[str, nn.Module], adapter_name: str) -> dict[str, LoraLayer]:
@@ -221,13 +262,13 @@ def _place(key: str) -> tuple[str, str]:
 
 
 @torch.inference_mode(False)  # a tensor that inference mode made can't be written outside of it: no swap, no training
-def _fill(layers: Mapping[str, LoraLayer], state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool) -> None:
+def _fill(layers: Mapping[str, LoraLayer], state_dict: Mapping[str, Tensor], adapter_name: str, is_trainable: bool, copy: bool) -> None:
     """Put values in the place of the meta tensors of a fresh injection, each where its module computes."""
     for key, value in state_dict.items():
         name, matrix = _place(key)
         base: Any = layers[name].get_base_layer()
         device = base._hf_hook.execution_device if has_offloaded_params(base) else base.weight.device
-        parameter = nn.Parameter(value.to(device, copy=True), requires_grad=is_trainable)
+        parameter = nn.Parameter(value.to(device, copy=copy), requires_grad=is_trainable)
         matrices: Any = getattr(layers[name], matrix)
         if isinstance(matrices, nn.ParameterDict):
             matrices[adapter_name] = parameter
@@ -262,10 +303,11 @@ def matching_parameters(
 
 
 def as_taken(parameters: Mapping[str, nn.Parameter], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values of an adapter in the dtypes of the parameters that take them; refuses those that make zeros or infinities of it."""
+    """The values of a checked adapter in the dtypes of the parameters that take them; refuses those that make zeros or infinities of it."""
     values = {key: state_dict[key].to(parameter) for key, parameter in parameters.items()}
-    emptied = _acts(state_dict) and not _acts(values)
-    if emptied or not all(value.isfinite().all() for value in values.values()):
+    cast = [value for key, value in values.items() if value is not state_dict[key]]
+    emptied = bool(cast) and _acts(state_dict) and not _acts(values)
+    if emptied or not all(map(all_finite, cast)):
         dtype = str(next(iter(values.values())).dtype).removeprefix("torch.")
         what = "every B A of the adapter is zero: it would do nothing" if emptied else "the adapter has infinite values"
         raise ValueError(f"In {dtype}, the dtype of the model's adapter, {what}. Convert the model to float32 or bfloat16.")

@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
-from .attach import finite
+from .attach import check_finite
 from .layout import AdapterLayout
 from .tensors import module_of
 
@@ -57,7 +57,7 @@ def write_gguf(model: PeftModel, file: Path, adapter_name: str) -> None:
     if not alpha:  # and llama.cpp takes 0 for no alpha at all
         raise ValueError("format='gguf': lora_alpha is 0, the adapter does nothing.")
     state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    finite(layout, state_dict)
+    check_finite(layout, state_dict)
     tensors = {}
     for key in layout.keys:
         module, name = module_of(key), names.get_name(module_of(key))

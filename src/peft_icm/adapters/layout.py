@@ -6,7 +6,8 @@ import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .functional import normal_config, scales
-from .tensors import PREFIX, KeyMap, check_tensors, expected_shape, map_keys, module_of, natural, ranks_of
+from .tensors import PREFIX, KeyMap, check_tensors, expected_shape, map_keys, module_of, natural, outside_adapters, ranks_of
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GROUP = 2**18  # numbers that a walk over an adapter takes together, where its tensors are smaller
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What is downloaded of an adapter's repo: with the configurations below it, by which a folder of named adapters is known.
 ADAPTER_FILES = ("adapter_*", "*/adapter_config.json")
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -157,8 +159,8 @@ class AdapterLayout:
     def _build(
         cls, shapes: Mapping[str, tuple[int, ...]], dtypes: set[str], config: Mapping[str, Any], base_model_class: Any
     ) -> AdapterLayout:
-        if len(dtypes) > 1 or not dtypes <= _DTYPES.keys():
-            raise ValueError(f"All tensors must share one dtype of {sorted(_DTYPES)}, found {sorted(dtypes)}.")
+        if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
+            raise ValueError(f"All tensors must share one dtype of {sorted(DTYPES)}, found {sorted(dtypes)}.")
         keys = sorted(shapes, key=natural)
         return cls.from_dict(
             {
@@ -181,12 +183,12 @@ class AdapterLayout:
     @property
     def sizes(self) -> list[int]:
         """Number of elements of each tensor, in the order of `keys`."""
-        return [torch.Size(shape).numel() for shape in self.shapes]
+        return [math.prod(shape) for shape in self.shapes]
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the adapter as a `torch.dtype`."""
-        return _DTYPES[self.dtype]
+        return DTYPES[self.dtype]
 
     @property
     def num_bytes(self) -> int:
@@ -252,11 +254,33 @@ class AdapterLayout:
         self._check(state_dict)
         return torch.cat([state_dict[key].detach().reshape(-1) for key in self.keys])
 
-    def sha256(self, state_dict: Mapping[str, Tensor]) -> str:
+    def groups(self) -> Iterator[slice]:
+        """A walk over the tensors in few steps and little memory: tensors in a row, of at most 2^18 numbers together, or a single one."""
+        first, numbers = 0, 0
+        for index, size in enumerate(self.sizes):
+            if index > first and numbers + size > GROUP:
+                yield slice(first, index)
+                first, numbers = index, 0
+            numbers += size
+        yield slice(first, len(self.keys))
+
+    def parts(self, state_dict: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """The vector of an adapter a part `[n]` at a time, so that it is never whole beside the adapter.
+
+        Raises:
+            `ValueError`: As [`~AdapterLayout.flatten`], before the first part.
+        """
+        self._check(state_dict)
+        for group in self.groups():
+            flat = [state_dict[key].detach().reshape(-1) for key in self.keys[group]]
+            yield flat[0] if len(flat) == 1 else torch.cat(flat)
+
+    def sha256(self, state_dict: Mapping[str, Tensor], dtype: str | None = None) -> str:
         """Hex digest over the values of an adapter, bit by bit: whether it still is what it was.
 
         Args:
             state_dict (`Mapping[str, Tensor]`): Exactly the tensors of this layout.
+            dtype (`str`, *optional*): What it would be after a cast to this one of [`DTYPES`].
 
         Returns:
             `str`
@@ -264,7 +288,10 @@ class AdapterLayout:
         Raises:
             `ValueError`: As [`~AdapterLayout.flatten`].
         """
-        return hashlib.sha256(self.flatten(state_dict).cpu().view(torch.uint8).numpy().data).hexdigest()
+        digest = hashlib.sha256()
+        for part in self.parts(state_dict):
+            digest.update(part.to("cpu", DTYPES[dtype or self.dtype]).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Cut a vector into the named tensors of an adapter; the inverse of [`~AdapterLayout.flatten`].
@@ -309,7 +336,7 @@ class AdapterLayout:
         if self.base_model_class and type(base).__name__ != self.base_model_class:
             raise ValueError(f"The adapters are for a {self.base_model_class}, found a {type(base).__name__}.")
         ranks = self.ranks
-        modules = {name: getattr(module, "base_layer", module) for name, module in base.named_modules()}
+        modules = {name: getattr(module, "base_layer", module) for name, module in outside_adapters(base).items()}
         for key, shape in zip(self.keys, self.shapes, strict=True):
             name = module_of(key)
             if name not in modules:
@@ -354,8 +381,8 @@ class AdapterLayout:
             wrong = sorted(needed - values.keys()) or sorted(values.keys() - cls.__dataclass_fields__.keys())
             raise ValueError(f"A layout has the fields {', '.join(cls.__dataclass_fields__)}: {wrong[0][:60]!r} is missing or unknown.")
         keys, shapes = check_tensors(values["keys"], values["shapes"])
-        if not isinstance(values["dtype"], str) or values["dtype"] not in _DTYPES:
-            raise ValueError(f"dtype={str(values['dtype'])[:60]!r} must be one of {sorted(_DTYPES)}.")
+        if not isinstance(values["dtype"], str) or values["dtype"] not in DTYPES:
+            raise ValueError(f"dtype={str(values['dtype'])[:60]!r} must be one of {sorted(DTYPES)}.")
         if not isinstance(values["peft_config"], Mapping):
             raise ValueError(f"peft_config must be an object, found a {type(values['peft_config']).__name__}.")
         texts = {name: values.get(name) for name in ("base_model_class", "base_model_name_or_path", "revision")}

@@ -15,8 +15,8 @@ from .attach import (
     ATTACHING,
     as_taken,
     check_enabled,
+    check_finite,
     check_name,
-    finite,
     layers_with,
     matching_parameters,
     unchanged_on_failure,
@@ -24,7 +24,7 @@ from .attach import (
     warn_of_shared_weights,
 )
 from .layout import AdapterLayout
-from .tensors import PREFIX
+from .tensors import PREFIX, outside_adapters
 
 REPORTS = logging.getLogger("transformers.integrations.peft")
 
@@ -47,7 +47,7 @@ def load_into(model: PreTrainedModel, layout: AdapterLayout, state_dict: Mapping
             the adapter would do nothing: the model's adapters are disabled, its dtype makes zeros of it, or its values are not in the model
             after the load. The model is as it was then.
     """
-    finite(layout, state_dict)
+    check_finite(layout, state_dict)
     check_name(adapter_name, layout)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -55,7 +55,7 @@ def load_into(model: PreTrainedModel, layout: AdapterLayout, state_dict: Mapping
             " compiled model pass the model that was compiled."
         )
     with ATTACHING:
-        check_enabled(model)
+        check_enabled(outside_adapters(model))
         if adapter_name in getattr(model, "peft_config", {}):
             _swap(model, layout, state_dict, adapter_name)
         else:
@@ -100,12 +100,12 @@ def _swap(model: PreTrainedModel, layout: AdapterLayout, state_dict: Mapping[str
 
 
 def _parameters(model: PreTrainedModel, layout: AdapterLayout, adapter_name: str) -> dict[str, torch.nn.Parameter]:
-    modules = {PREFIX + name: module for name, module in model.named_modules()}
+    modules = {PREFIX + name: module for name, module in outside_adapters(model).items()}
     return matching_parameters(model, layers_with(modules, adapter_name), layout, adapter_name)
 
 
 def _activate(model: PreTrainedModel, adapter_name: str) -> None:
     """Make the adapter the only active one, unless it is: what is compiled is guarded by it."""
-    layers: Any = layers_with(dict(model.named_modules()), adapter_name).values()
+    layers: Any = layers_with(outside_adapters(model), adapter_name).values()
     if any(layer.active_adapters != [adapter_name] or layer.merged for layer in layers):
         set_adapter(model, adapter_name, inference_mode=True)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ..disk import replacing_folder
 from ..hub.cards import ADAPTED, CHANGED, FACTS, GENERATED, adapter_card
 from ..hub.files import CARD, PushOptions, copy_base, edited_by_hand, marked, published, push_folder
-from .attach import PROVENANCE, finite
+from .attach import PROVENANCE, check_finite
 from .gguf import write_gguf
 from .layout import AdapterLayout
 
@@ -62,24 +62,24 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
         with replacing_folder(target) as new:
             write_gguf(model, new / GGUF, adapter_name)
         return target
-    with tempfile.TemporaryDirectory() as temporary, replacing_folder(target) as new:
-        model.save_pretrained(temporary, selected_adapters=[adapter_name], save_embedding_layers=False)
-        source = Path(temporary) if adapter_name == "default" else Path(temporary) / adapter_name
-        layout, sha256 = _weights(source)
+    with replacing_folder(target) as new:
+        model.save_pretrained(str(new), selected_adapters=[adapter_name], save_embedding_layers=False)
+        if adapter_name != "default":
+            for file in (new / adapter_name).iterdir():
+                os.replace(file, new / file.name)
+            (new / adapter_name).rmdir()
+        layout, sha256 = _weights(new)
         facts = dict(vars(model.peft_config[adapter_name]).get(PROVENANCE, {}))
         if facts:
-            facts["sha256"] = layout.sha256(layout.unflatten(facts.pop("vector")))  # a cast is no training
+            facts["sha256"] = facts["sha256"][layout.dtype]
         made, by_hand = adapter_card(layout.to_dict(), **_as_it_is(facts, sha256)), _card_by_hand(target / CARD, sha256)
-        (source / CARD).write_bytes(marked(str(made)).encode() if by_hand is None else by_hand)
-        for file in sorted(source.iterdir()):
-            if file.is_file():
-                shutil.copyfile(file, new / file.name)
+        (new / CARD).write_bytes(marked(str(made)).encode() if by_hand is None else by_hand)
     return target
 
 
 def _weights(folder: Path) -> tuple[AdapterLayout, str]:
     layout, state_dict = AdapterLayout.from_pretrained(folder), load_file(folder / WEIGHTS)
-    finite(layout, state_dict)
+    check_finite(layout, state_dict)
     return layout, layout.sha256(state_dict)
 
 

@@ -92,7 +92,7 @@ class AdaptingMixin(AdapterMixin):
         nats, adapters = fit_runs(self, base, start, examples, [*folds, everything], **options)
         adapter = adapters[nats.sum(1).argmin()]
         facts = {**self._facts(text, 0.0, None, 1.0, task.get("images")), "examples": len(labelled), "seed": seed}
-        state_dict = self.layout.unflatten(self._finite(adapter[None])[0])
+        state_dict = self.layout.unflatten(adapter.cpu())
         return attach(base, self.layout, state_dict, adapter_name=adapter_name, is_trainable=is_trainable, provenance=facts)
 
     def fit_prior(

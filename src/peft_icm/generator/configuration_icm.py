@@ -62,6 +62,8 @@ class ICMConfig(PreTrainedConfig):
         num_components (`int`, *optional*): `"principal"`: dimensions of the principal subspace. By default as many as make
             2^20 numbers, at least 9 and at most 96, and no more than two for each task: the tasks and their trajectories span few.
             `"direct"`: rows of the linear map, by default 64.
+        basis_dtype (`str`, *optional*): `"int8"`: the linear map of `"principal"` or `"direct"` is kept in 8 bits with a scale a row, and
+            the generator generates but does not train. Written by `save_pretrained(..., dtype="int8")`.
         num_conv_layers (`int`, defaults to 12): `"paper"` only: convolutional layers of encoder and decoder, at most 64; those past
             the twelfth have stride 1 (Table 5).
         kl_weight (`float`, defaults to 0.005): Weight of the KL term, in nats (section 4.1).
@@ -103,6 +105,7 @@ class ICMConfig(PreTrainedConfig):
     latent_size: int = 64
     hidden_size: int = 256
     num_components: int | None = None
+    basis_dtype: str | None = None
     num_conv_layers: int = 12
     kl_weight: float | int = 0.005
     context: bool = True
@@ -132,6 +135,10 @@ class ICMConfig(PreTrainedConfig):
         """Part of `@strict`-powered validation."""
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"architecture={self.architecture!r} is unknown: choose one of {', '.join(ARCHITECTURES)}.")
+        if self.basis_dtype not in (None, "int8"):
+            raise ValueError(f"basis_dtype={self.basis_dtype!r} is unknown: choose 'int8' or None.")
+        if self.basis_dtype and self.architecture == "paper":
+            raise ValueError(f"basis_dtype={self.basis_dtype!r} is for 'principal' and 'direct': architecture='paper' has no basis.")
         for name, bound in BOUNDS.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or value < 1):

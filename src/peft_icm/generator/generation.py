@@ -17,12 +17,14 @@ from transformers import PreTrainedModel
 from ..adapters.attach import attach, check_name, unchanged_on_failure
 from ..adapters.base import load_base, share_tensors
 from ..adapters.layout import AdapterLayout
+from ..adapters.tensors import all_finite
 from ..conditioning import JoinedEncoder, Picture, TaskEncoder, load_task_encoder, open_images
 from ..conditioning.spelling import respell
 from ..disk import MAX_NAME_BYTES, inside
 from ..hub.files import is_local, resolve
 from ..unknown import OnUnknown, check_request
 from .configuration_icm import ICMConfig
+from .networks import Statistics
 from .requests import RequestsMixin, TaskInputs, scaled
 from .sampling import Generators, as_conditions
 
@@ -59,6 +61,9 @@ class AdapterMixin(RequestsMixin):
     config: ICMConfig
     layout: AdapterLayout
     sample: Callable[..., Tensor]
+    statistics: Statistics
+    _draw: Callable[..., Tensor]
+    _decode_into: Callable[..., Tensor]
     device: torch.device
     _source: Source
     _lazy: dict[str, Any]  # the encoder and the base, once loaded; a dict keeps them out of the generator's own modules
@@ -195,13 +200,26 @@ class AdapterMixin(RequestsMixin):
         condition = self.task_vector(text, **task)
         if task.get("task_vector") is None:
             condition, strength = self._answer(condition, text, on_unknown, strength, **task)
-        return scaled(self.layout.unflatten(self._finite(self.sample(condition, 1, generator, temperature))[0]), strength), strength
+        return self._tensors(self._draw(condition, 1, generator, temperature), strength), strength
 
-    def _finite(self, samples: Tensor) -> Tensor:
-        samples = samples.cpu()
-        if not samples.to(self.layout.torch_dtype).isfinite().all():
-            raise ValueError(f"The generated adapter holds NaN or infinite values in {self.layout.dtype}: lower the temperature.")
-        return samples
+    @torch.inference_mode(False)  # as attach's _fill, whose parameters these tensors become
+    @torch.no_grad()
+    def _tensors(self, coordinates: Tensor, strength: float) -> dict[str, Tensor]:
+        """One adapter of what `_draw` gave for it, `[1, R]`: its tensors are decoded in turn, and it is never whole beside them."""
+        layout, sizes, units, first = self.layout, self.layout.sizes, self.statistics.units(), 0
+        found: dict[str, Tensor] = {}
+        for group in layout.groups():
+            count = sum(sizes[group])
+            part = self._decode_into(coordinates, units, first, torch.empty(1, count, device=coordinates.device))[0].to(
+                "cpu", layout.torch_dtype
+            )
+            if not all_finite(part):
+                raise ValueError(f"The generated adapter holds NaN or infinite values in {layout.dtype}: lower the temperature.")
+            parts = [part] if count == sizes[group.start] else [values.clone() for values in part.split(sizes[group])]
+            named = zip(layout.keys[group], layout.shapes[group], parts, strict=True)
+            found |= scaled({key: values.view(shape) for key, shape, values in named}, strength)
+            first += count
+        return found
 
     def generate_adapter(
         self,
@@ -248,7 +266,8 @@ class AdapterMixin(RequestsMixin):
         state_dict, factor = self._generate(text, temperature, generator, on_unknown, strength, task)
         model = self._base_for(base_model, base_model_kwargs)
         facts = self._facts(text, temperature, generator, factor, task.get("images"))
-        return attach(model, self.layout, state_dict, adapter_name=adapter_name, is_trainable=is_trainable, provenance=facts)
+        options: Any = {"adapter_name": adapter_name, "is_trainable": is_trainable, "provenance": facts}
+        return attach(model, self.layout, state_dict, **options, copy=False)
 
     def generate_adapters(
         self,
@@ -263,7 +282,7 @@ class AdapterMixin(RequestsMixin):
         is_trainable: bool = False,
         base_model_kwargs: Mapping[str, Any] | None = None,
     ) -> PeftModel:
-        """Generate many named adapters onto one model, in one decode; the first is active.
+        """Generate many named adapters onto one model; the first is active.
 
         Args:
             texts (`Sequence[str]`): One sentence for each adapter.
@@ -292,14 +311,20 @@ class AdapterMixin(RequestsMixin):
             raise ValueError(f"Expected {len(texts)} different adapter names, found {names}.")
         check_request(on_unknown, strength)
         vectors, strengths = zip(*[self._answer(self.task_vector(text), text, on_unknown, strength) for text in texts], strict=True)
-        samples = self._finite(self.sample(torch.stack(vectors), 1, generator, temperature))
+        coordinates = self._draw(torch.stack(vectors), 1, generator, temperature)
         model = self._base_for(base_model, base_model_kwargs)
         generators = generator if isinstance(generator, Sequence) else [generator] * len(names)
         with unchanged_on_failure(model):
-            for name, text, vector, source, factor in zip(names, texts, samples, generators, strengths, strict=True):
-                facts = self._facts(text, temperature, source, factor)
-                state_dict = scaled(self.layout.unflatten(vector), factor)
-                model = attach(model, self.layout, state_dict, adapter_name=name, is_trainable=is_trainable, provenance=facts)
+            for name, text, row, source, factor in zip(names, texts, coordinates, generators, strengths, strict=True):
+                model = attach(
+                    model,
+                    self.layout,
+                    self._tensors(row[None], factor),
+                    adapter_name=name,
+                    is_trainable=is_trainable,
+                    provenance=self._facts(text, temperature, source, factor),
+                    copy=False,
+                )
         assert isinstance(model, PeftModel)
         model.set_adapter(names[0], inference_mode=not is_trainable)
         return model

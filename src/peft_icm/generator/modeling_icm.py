@@ -20,6 +20,9 @@ from .sampling import Generators, as_conditions, draw_noise
 from .saving import SavedModel
 from .serving import ServingMixin
 from .text_reading import TextReader
+from .weights import EXACT
+
+BLOCK = 2**20  # numbers that decoding works on at once: they stay in a processor's cache
 
 
 @dataclass
@@ -67,7 +70,7 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
     base_model_prefix = "icm"
     main_input_name = "parameters"
     accepts_loss_kwargs = False
-    _keep_in_fp32_modules_strict = ["statistics", "space", "reader", "text_reader"]  # noqa: RUF012 - transformers reads a plain list
+    _keep_in_fp32_modules_strict = list(EXACT)  # noqa: RUF012 - transformers reads a plain list
     _no_split_modules: list[str] = []  # noqa: RUF012
 
     def __init__(self, config: ICMConfig):
@@ -207,8 +210,40 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         Returns:
             `Tensor`: `[B, P]` fp32, in the units of the adapters.
         """
-        decoded = self._decode(latent, self.normalize_condition(condition))
-        return self.statistics.denormalize(decoded, out=None if torch.is_grad_enabled() else decoded)
+        if torch.is_grad_enabled():
+            return self.statistics.denormalize(self._decode(latent, self.normalize_condition(condition)))
+        return self._whole(self._coordinates(latent, condition))
+
+    def _coordinates(self, latent: Tensor, condition: Tensor) -> Tensor:
+        """What `_decode_into` makes adapters of: `[B, k]` z and `[B, d]` task vectors -> `[B, R]`, or `[B, P]` for `"paper"`."""
+        v = self.normalize_condition(condition)
+        v = v if self.context is None else self.context(v)
+        return self.network.coordinates(latent.to(v.dtype), v)
+
+    def _whole(self, coordinates: Tensor) -> Tensor:
+        out = torch.empty(len(coordinates), sum(self.statistics.sizes), device=coordinates.device)
+        return self._decode_into(coordinates, self.statistics.units(), 0, out)
+
+    @torch.no_grad()
+    def _decode_into(self, coordinates: Tensor, units: tuple[Tensor, Tensor], first: int, out: Tensor) -> Tensor:
+        """Decode tensors that follow one another, in their units, a few columns at a time: nothing of their size is made beside them.
+
+        Args:
+            coordinates (`Tensor`): `[B, R]`, of `_coordinates`.
+            units (`tuple[Tensor, Tensor]`): [`Statistics.units`].
+            first (`int`): Where in the vector of an adapter they begin.
+            out (`Tensor`): `[B, n]` fp32, where they are written.
+
+        Returns:
+            `Tensor`: `out`.
+        """
+        piece = self.statistics.piece
+        step = max(1, BLOCK // (len(coordinates) + (self.config.num_components or 0)) // piece) * piece
+        for start in range(0, out.shape[1], step):
+            part = out[:, start : start + step]
+            places = slice((first + start) // piece, (first + start + part.shape[1]) // piece)
+            self.network.write(coordinates, first + start, units[0][places], units[1][places], part)
+        return out
 
     @torch.no_grad()
     def fit(self, parameters: Tensor | SnapshotMatrix, conditions: Tensor, tasks: Tensor | None = None) -> None:
@@ -220,8 +255,9 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
             tasks (`Tensor`, *optional*): `[M]` index of the task of each, in the order of `config.tasks`; needed by a condition space.
 
         Raises:
-            `ValueError`: If there is a condition space and `tasks` is missing, or lacks a task.
+            `ValueError`: If there is a condition space and `tasks` is missing, or lacks a task, or the generator is of 8 bits.
         """
+        self._check_trainable()
         if self.space is not None:
             if tasks is None or len(tasks.unique()) != len(self.config.tasks or []):
                 raise ValueError(f"condition_space={self.config.condition_space!r} needs tasks=, with every task of the config.")
@@ -296,8 +332,27 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         Raises:
             `ValueError`: If a shape, the number of generators, or the temperature does not fit.
         """
+        return self._whole(self._draw(condition, num_samples, generator, temperature))
+
+    @torch.no_grad()
+    def _draw(self, condition: Tensor, num_samples: int = 1, generator: Generators = None, temperature: float = 1.0) -> Tensor:
+        """What [`~ICMGenerator.sample`] decodes, `[n * num_samples, R]`; arguments and errors as there."""
         rows = as_conditions(condition, num_samples, temperature, self.config.condition_dim)
-        return self.decode(draw_noise(len(rows), self.config.latent_size, generator, self.device) * temperature, rows)
+        return self._coordinates(draw_noise(len(rows), self.config.latent_size, generator, self.device) * temperature, rows)
+
+    def train(self, mode: bool = True) -> ICMGenerator:
+        """As in torch; a generator of 8 bits stays in eval mode.
+
+        Raises:
+            `ValueError`: If `mode` is `True` and `config.basis_dtype` is `"int8"`.
+        """
+        if mode:
+            self._check_trainable()
+        return super().train(mode)
+
+    def _check_trainable(self) -> None:
+        if self.config.basis_dtype is not None:
+            raise ValueError(f"basis_dtype={self.config.basis_dtype!r}: generators of 8 bits do not train, take the one it was saved from.")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ICMGenerator:
         super()._apply(fn, recurse)

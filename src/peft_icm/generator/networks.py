@@ -2,11 +2,13 @@
 
 All architectures speak one interface: `encode(l, v) -> (mean, logvar)`, `decode(z, v) -> l`, on normalised vectors;
 `reconstruction_loss(squared_error)`; `prior_weight`, that of the squared error of a z from the prior; `fit(l)` for what is estimated
-from the collection instead of trained. None has a BatchNorm: a generator produces one sample at a time.
+from the collection instead of trained. `coordinates(z, v)` and `write` decode some columns of l at a time, without gradient.
+None has a BatchNorm: a generator produces one sample at a time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,10 @@ from torch import Tensor, nn
 
 from ..adapters.snapshots import SnapshotMatrix
 from .configuration_icm import ICMConfig
+from .linear_decoder import LinearDecoder
 from .subspace import principal_components
+
+PIECE = 2**14  # the most numbers that one mean and deviation are looked up for together
 
 
 class Statistics(nn.Module):
@@ -40,6 +45,7 @@ class Statistics(nn.Module):
     def __init__(self, sizes: list[int], condition_dim: int, each: bool = False):
         super().__init__()
         self.sizes, self.each = sizes, each
+        self.piece = math.gcd(PIECE, *sizes)
         self.register_buffer("mean", torch.zeros(len(sizes), dtype=torch.float32))
         self.register_buffer("std", torch.ones(len(sizes), dtype=torch.float32))
         self.register_buffer("condition_mean", torch.zeros(condition_dim, dtype=torch.float32))
@@ -92,10 +98,16 @@ class Statistics(nn.Module):
         mean, std = self.spread()
         return (parameters.float() - mean) / std
 
-    def denormalize(self, parameters: Tensor, out: Tensor | None = None) -> Tensor:
-        """The inverse of [`~Statistics.normalize`]; fp32, written to `out` where it is given."""
-        mean, std = self.spread()
-        return torch.addcmul(mean, parameters.float(), std, out=out)
+    def units(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation for each `piece` numbers in turn, all of them of one tensor: `[P / piece, 1]` each."""
+        counts = torch.tensor([size // self.piece for size in self.sizes], device=self.mean.device)
+        both = torch.stack([self.mean, self.std]).repeat_interleave(counts, 1, output_size=sum(self.sizes) // self.piece)
+        return both[0, :, None], both[1, :, None]
+
+    def denormalize(self, parameters: Tensor) -> Tensor:
+        """The inverse of [`~Statistics.normalize`]; fp32."""
+        mean, std = self.units()
+        return (parameters.float().unflatten(-1, (len(mean), -1)) * std + mean).flatten(-2)
 
     def normalize_condition(self, condition: Tensor) -> Tensor:
         """`[..., d]` task vectors -> zero mean, pooled unit variance (or that of each number), fp32."""
@@ -158,7 +170,7 @@ class ResidualMLP(nn.Module):
         return self.output(x + F.gelu(self.block(self.norm(x))))
 
 
-class PrincipalNetwork(nn.Module):
+class PrincipalNetwork(LinearDecoder):
     """CVAE in the principal subspace of the collection (the default architecture).
 
     The adapters of a collection span few directions: T tasks and their short trajectories. Those directions are estimated once from
@@ -180,8 +192,7 @@ class PrincipalNetwork(nn.Module):
     def __init__(self, config: ICMConfig):
         super().__init__()
         size, rank, hidden = config.adapter_layout.numel, config.num_components or 0, config.hidden_size
-        self.center = nn.Parameter(torch.zeros(size), requires_grad=False)
-        self.basis = nn.Parameter(torch.randn(rank, size) / size**0.5, requires_grad=False)
+        self.start(config, torch.randn(rank, size) / size**0.5, trained=False)
         self.scale = nn.Parameter(torch.ones(rank), requires_grad=False)
         self.condition = nn.Linear(config.projected_dim, hidden // 2)
         self.encoder = ResidualMLP(rank + hidden // 2, hidden, 2 * config.latent_size)
@@ -214,7 +225,7 @@ class PrincipalNetwork(nn.Module):
 
     def encode(self, parameters: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior of z (Eq. 3): `[B, P]`, `[B, d]` -> mean and log-variance, `[B, k]` each."""
-        return self.encode_coordinates((parameters - self.center) @ self.basis.T / self.scale, condition)
+        return self.encode_coordinates((parameters - self.center) @ self.rows.to(parameters.dtype).T / self.scale, condition)
 
     def encode_coordinates(self, coordinates: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """The same of coordinates `[B, r]`."""
@@ -233,17 +244,20 @@ class PrincipalNetwork(nn.Module):
         error = (decoded[:, :used] - coordinates[:, :-1]) * self.scale[:used]
         return error.square().sum(1) / self.basis.shape[1] + coordinates[:, -1]
 
+    def coordinates(self, latent: Tensor, condition: Tensor) -> Tensor:
+        """`[B, k]`, `[B, d]` -> `[B, R]`, of which `l = c + a U`."""
+        return self.decoder(torch.cat([latent, F.gelu(self.condition(condition))], dim=1)) * self.scale
+
     def decode(self, latent: Tensor, condition: Tensor) -> Tensor:
         """Mean of l (Eq. 6): `[B, k]`, `[B, d]` -> `[B, P]`."""
-        coordinates = self.decoder(torch.cat([latent, F.gelu(self.condition(condition))], dim=1))
-        return torch.addmm(self.center, coordinates * self.scale, self.basis)
+        return self.combine(self.coordinates(latent, condition))
 
     def reconstruction_loss(self, squared_error: Tensor) -> Tensor:
         """`[B]` mean squared errors -> `[B]` negative log-likelihoods per coordinate, up to a constant."""
         return 0.5 * torch.log(squared_error + self.ERROR_FLOOR)
 
 
-class DirectNetwork(nn.Module):
+class DirectNetwork(LinearDecoder):
     """A perceptron and one linear map to all of A and B, which the loss of the tasks trains (`objective="task"`).
 
     `l = c + a U` with `a [B, R]` from z and v, U `[R, P]` and c `[P]` trained: c is one LoRA for all tasks, a U what the task adds to it.
@@ -265,8 +279,7 @@ class DirectNetwork(nn.Module):
         super().__init__()
         size, rank, hidden = config.adapter_layout.numel, config.num_components or 0, config.hidden_size
         inputs = config.latent_size + config.projected_dim
-        self.center = nn.Parameter(torch.zeros(size))
-        self.basis = nn.Parameter(torch.randn(rank, size) * self.STARTING_DEVIATION)
+        self.start(config, torch.randn(rank, size) * self.STARTING_DEVIATION, trained=True)
         self.encoder = ResidualMLP(rank + config.projected_dim, rank, 2 * config.latent_size)
         self.register_buffer("spread", torch.zeros(rank, rank))
         self.register_buffer("prior_strength", torch.tensor(300.0))
@@ -282,13 +295,17 @@ class DirectNetwork(nn.Module):
 
     def encode(self, parameters: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior of z (Eq. 3): `[B, P]`, `[B, d]` -> mean and log-variance, `[B, k]` each."""
-        coordinates = F.layer_norm((parameters - self.center) @ self.basis.T, self.basis.shape[:1])
+        coordinates = F.layer_norm((parameters - self.center) @ self.rows.to(parameters.dtype).T, self.basis.shape[:1])
         mean, logvar = self.encoder(torch.cat([coordinates, condition], dim=1)).chunk(2, dim=1)
         return mean, logvar
 
+    def coordinates(self, latent: Tensor, condition: Tensor) -> Tensor:
+        """`[B, k]`, `[B, d]` -> `[B, R]`, of which `l = c + a U`."""
+        return self.decoder(torch.cat([latent, condition], dim=1))
+
     def decode(self, latent: Tensor, condition: Tensor) -> Tensor:
         """Mean of l (Eq. 6): `[B, k]`, `[B, d]` -> `[B, P]`."""
-        return torch.addmm(self.center, self.decoder(torch.cat([latent, condition], dim=1)), self.basis)
+        return self.combine(self.coordinates(latent, condition))
 
     @torch.no_grad()
     def measure(self, latents: Tensor, conditions: Tensor) -> None:
@@ -297,7 +314,8 @@ class DirectNetwork(nn.Module):
 
     def deviations(self) -> Tensor:
         """`[P]`: standard deviation of each number of l over tasks and z, `sqrt(diag(U^T C U))`."""
-        return ((self.spread @ self.basis) * self.basis).sum(0).clamp(min=0).sqrt()
+        rows = self.rows.to(self.spread.dtype)
+        return ((self.spread @ rows) * rows).sum(0).clamp(min=0).sqrt()
 
     def reconstruction_loss(self, squared_error: Tensor) -> Tensor:
         """`[B]` mean squared errors -> `[B]`, half of each: a Gaussian of unit variance (Eq. 6)."""
@@ -355,6 +373,15 @@ class PaperNetwork(nn.Module):
         """Mean of l (Eqs. 5 and 6): `[B, k]`, `[B, d]` -> `[B, P]`."""
         x = self.from_latent(torch.cat([latent, condition], dim=1)).unflatten(1, self.narrow)
         return self.output(self.decoder(x))[:, 0, : self.size]
+
+    coordinates = decode  # a convolution has none: its columns are made together
+
+    @torch.no_grad()
+    def write(self, coordinates: Tensor, first: int, mean: Tensor, std: Tensor, out: Tensor) -> None:
+        """Write some columns of the adapters in their own units, as [`LinearDecoder.write`] does, from the decoded `[B, P]`."""
+        parts = (len(mean), -1)
+        found = coordinates[:, first : first + out.shape[1]].float()
+        torch.mul(found.unflatten(1, parts), std, out=out.unflatten(1, parts)).add_(mean)
 
     def reconstruction_loss(self, squared_error: Tensor) -> Tensor:
         """`[B]` mean squared errors, as published."""

@@ -184,6 +184,8 @@ def scaled(state_dict: Mapping[str, Tensor], strength: float) -> dict[str, Tenso
         strength (`float`): Factor.
 
     Returns:
-        `dict[str, Tensor]`
+        `dict[str, Tensor]`: With tensors of its own only where the number is not 1.
     """
+    if strength == 1:
+        return dict(state_dict)
     return {key: tensor * strength if ".lora_B" in key or ".lora_embedding_B" in key else tensor for key, tensor in state_dict.items()}

@@ -20,7 +20,7 @@ from ..hub.files import BASE_FOLDER, REPORT, PushOptions, copy_base, published, 
 from ..hub.space import GENERATOR_FOLDER, space_card, write_space
 from .configuration_icm import ICMConfig
 from .generation import LOADING, AdapterMixin, Source
-from .weights import check_weights, hash_weights, weight_files, weight_names
+from .weights import SAVED_DTYPES, check_weights, hash_weights, in_dtype, weight_files, weight_names
 
 ENCODER_FOLDER = "encoder"
 _OWN_FILES = ("config.json", "model*.safetensors", "model.safetensors.index*.json")  # not those of encoder/ and base_model/
@@ -90,6 +90,7 @@ class SavedModel(AdapterMixin, PreTrainedModel):
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
         *,
+        dtype: str | torch.dtype | None = None,
         with_base_model: bool = False,
         safe_serialization: bool = True,
         push_to_hub: bool = False,
@@ -100,6 +101,9 @@ class SavedModel(AdapterMixin, PreTrainedModel):
         Args:
             save_directory (`str` or `Path`): The folder.
             is_main_process (`bool`, defaults to `True`): Whether this process writes.
+            dtype (`str` or `torch.dtype`, *optional*): Of what is written: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"` for the
+                linear map of `"principal"` and `"direct"`, nearly all of a large generator, with a scale a row: it loads as that, and
+                generates but does not train. By default the dtype that the generator has. Statistics and readers stay in fp32.
             with_base_model (`bool`, defaults to `False`): Copy a base model that is a local folder into `base_model/`.
             safe_serialization (`bool`, defaults to `True`): There for those who pass it; there is no other way.
             push_to_hub (`bool`, defaults to `False`): Push it afterwards, as `repo_id` or the name of the folder.
@@ -108,9 +112,10 @@ class SavedModel(AdapterMixin, PreTrainedModel):
 
         Raises:
             `OSError`: If `save_directory` is a file, or cannot be written.
-            `ValueError`: If `safe_serialization` is off.
+            `ValueError`: If `safe_serialization` is off, or `dtype` none of these.
         """
         _check_safe(safe_serialization)
+        dtype = self._check_dtype(dtype)
         target = Path(save_directory)
         if target.exists() and not target.is_dir():
             raise OSError(f"{target} is a file: choose a folder.")
@@ -120,7 +125,7 @@ class SavedModel(AdapterMixin, PreTrainedModel):
             return
         variant = kwargs.get("variant")
         with replacing_folder(target) as folder:
-            self._write(folder, target, with_base_model, **kwargs)
+            self._write(folder, target, dtype, with_base_model, **kwargs)
             written = {file.name for file in folder.iterdir()}
         single, index = weight_names(variant)
         if written & {single, index}:
@@ -128,12 +133,15 @@ class SavedModel(AdapterMixin, PreTrainedModel):
                 if stale.name not in written:
                     stale.unlink(missing_ok=True)
         if push_to_hub:
-            options = {**push, "with_base_model": with_base_model, "max_shard_size": kwargs.get("max_shard_size", "50GB")}
+            options = {**push, "dtype": dtype, "with_base_model": with_base_model, "max_shard_size": kwargs.get("max_shard_size", "50GB")}
             self.push_to_hub(options.pop("repo_id", None) or target.resolve().name, **options)
 
-    def _write(self, folder: Path, target: Path, with_base_model: bool, **kwargs: Any) -> None:
+    def _write(self, folder: Path, target: Path, dtype: str | None, with_base_model: bool, **kwargs: Any) -> None:
         """Everything of a saved generator, into an empty folder."""
         changes: dict[str, Any] = {}
+        if dtype is not None:
+            changes["basis_dtype" if dtype == "int8" else "dtype"] = dtype
+            kwargs["state_dict"] = in_dtype(kwargs.get("state_dict") or self.state_dict(), dtype)
         encoder = self.config.encoder or {}
         if encoder.get("folder") or any(part.get("folder") for part in encoder.get("parts", {}).values()):
             self.encoder.save_pretrained(folder / ENCODER_FOLDER)
@@ -157,6 +165,14 @@ class SavedModel(AdapterMixin, PreTrainedModel):
             config.weights_sha256 = hash_weights(weight_files(folder, kwargs.get("variant")))
         config.save_pretrained(folder)
 
+    def _check_dtype(self, dtype: str | torch.dtype | None) -> str | None:
+        name = None if dtype is None else str(dtype).removeprefix("torch.")
+        if name not in (None, *SAVED_DTYPES):
+            raise ValueError(f"dtype={name!r} is none that a generator is saved in: choose one of {', '.join(SAVED_DTYPES)}.")
+        if name == "int8" and self.config.architecture == "paper":
+            raise ValueError("dtype='int8' is for 'principal' and 'direct': architecture='paper' has no basis, choose 'bfloat16'.")
+        return name
+
     def _local_base(self, download: bool) -> str | None:
         """The folder of the base model, if it has one on this machine."""
         if self.config.base_model_subfolder and (download or not self._source.on_hub) and "name" in self._source:
@@ -168,6 +184,7 @@ class SavedModel(AdapterMixin, PreTrainedModel):
         self,
         repo_id: str,
         *,
+        dtype: str | torch.dtype | None = None,
         with_base_model: bool = False,
         max_shard_size: int | str = "50GB",
         safe_serialization: bool = True,
@@ -180,6 +197,7 @@ class SavedModel(AdapterMixin, PreTrainedModel):
 
         Args:
             repo_id (`str`): `"org/name"`; created where it does not exist.
+            dtype (`str` or `torch.dtype`, *optional*): See [`~ICMGenerator.save_pretrained`].
             with_base_model (`bool`, defaults to `False`): Push a base model that is a local folder too, in `base_model/`. Without it others
                 pass `base_model=`.
             max_shard_size (`int` or `str`, defaults to `"50GB"`): Of a weight file.
@@ -193,13 +211,15 @@ class SavedModel(AdapterMixin, PreTrainedModel):
             `huggingface_hub.CommitInfo`: Of the one commit.
 
         Raises:
-            `ValueError`: If `safe_serialization` is off, or a file names a folder of this machine; nothing is on the Hub then.
+            `ValueError`: If `safe_serialization` is off, `dtype` is none, or a file names a folder of this machine; nothing is on the Hub
+                then.
         """
         _check_safe(safe_serialization)
+        self._check_dtype(dtype)
         push["commit_message"] = push.get("commit_message") or "Upload ICMGenerator"
 
         def write(folder: Path) -> None:
-            self._write_published(folder, repo_id, with_base_model, max_shard_size)
+            self._write_published(folder, repo_id, with_base_model, max_shard_size, dtype)
             if report is not None:
                 (folder / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
@@ -211,9 +231,16 @@ class SavedModel(AdapterMixin, PreTrainedModel):
             **push,
         )
 
-    def _write_published(self, folder: Path, repo_id: str, with_base_model: bool, max_shard_size: int | str = "50GB") -> None:
+    def _write_published(
+        self,
+        folder: Path,
+        repo_id: str,
+        with_base_model: bool,
+        max_shard_size: int | str = "50GB",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
         """A saved generator that names nothing of this machine."""
-        self.save_pretrained(folder, with_base_model=with_base_model, max_shard_size=max_shard_size)
+        self.save_pretrained(folder, dtype=dtype, with_base_model=with_base_model, max_shard_size=max_shard_size)
         config = ICMConfig.from_pretrained(folder)
         layout = dict(config.layout or {})
         named = layout.get("base_model_name_or_path")

@@ -11,9 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..adapters.tensors import all_finite
 from ..disk import safe_name
+from .linear_decoder import to_int8
 
 _DTYPES = {"F64", "F32", "F16", "BF16"}
+EXACT = ("statistics", "space", "reader", "text_reader")  # modules that stay in fp32, whatever the others are cast to
+SAVED_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def weight_names(variant: str | None) -> tuple[str, str]:
@@ -85,10 +89,12 @@ def check_weights(files: Sequence[Path], expected: Mapping[str, Tensor]) -> str:
                     shape, wanted = tuple(header.get_shape()), tuple(expected[name].shape)
                     if shape != wanted:
                         raise ValueError(f"{path}: {name} has shape {shape}, its config.json asks for {wanted}. {advice}")
-                    if header.get_dtype() not in _DTYPES:
-                        raise ValueError(f"{path}: {name} is of {header.get_dtype()}, must be floating point. {advice}")
+                    dtypes = _DTYPES if expected[name].is_floating_point() else {"I8"}
+                    if header.get_dtype() not in dtypes:
+                        kind = "I8" if dtypes == {"I8"} else "floating point"
+                        raise ValueError(f"{path}: {name} is of {header.get_dtype()}, must be {kind}. {advice}")
                     tensor = file.get_tensor(name)
-                    if not tensor.isfinite().all():
+                    if not all_finite(tensor):
                         raise ValueError(f"{path}: {name} holds NaN or infinite values. {advice}")
                     digests[name] = _digest(name, tensor)
         except (SafetensorError, OSError) as error:
@@ -97,6 +103,26 @@ def check_weights(files: Sequence[Path], expected: Mapping[str, Tensor]) -> str:
     if missing is not None:
         raise ValueError(f"{files[0]} lacks {missing}, shape {tuple(expected[missing].shape)}, which its config.json asks for. {advice}")
     return _together(digests)
+
+
+def in_dtype(state_dict: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """The tensors of a generator as they are saved in a dtype.
+
+    Args:
+        state_dict (`Mapping[str, Tensor]`): Of the generator. A basis of 8 bits stays so.
+        dtype (`str`): One of `SAVED_DTYPES`; `"int8"` is for the basis, and leaves the others as they are.
+
+    Returns:
+        `dict[str, Tensor]`
+    """
+    if dtype != "int8":
+        wanted = getattr(torch, dtype)
+        cast = {name for name, tensor in state_dict.items() if tensor.is_floating_point() and name.partition(".")[0] not in EXACT}
+        return {name: tensor.to(wanted) if name in cast else tensor for name, tensor in state_dict.items()}
+    found, basis = dict(state_dict), state_dict["network.basis"]
+    if basis.is_floating_point():
+        found["network.basis"], found["network.row_scale"] = to_int8(basis)
+    return found
 
 
 def hash_weights(files: Sequence[Path]) -> str:
