@@ -1,6 +1,7 @@
 """Adapters of 4 x 10^7 and 10^8 numbers on the shapes of Llama-3-8B: seconds, and peak memory over the adapter's own size.
 
     python benchmarks/large.py --output benchmarks/large.json
+    python benchmarks/large.py --gain --output benchmarks/int8.json  # what 8 bits cost the bundled text generator in gain
 
 Random weights of the real shapes: the base takes no memory; the generator has 9 components and a basis in 8 bits or bf16, and is saved and
 loaded. Each row is a process of its own. Memory is the highest resident set (VmHWM), mapped files included, above what generator and base
@@ -11,6 +12,7 @@ repeated.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -123,6 +125,7 @@ def measure(rank: int, dtype: str) -> dict:
         save = clock(lambda: save_adapter(model, temporary))
         saved = memory("VmHWM") - before
         on_disk = Path(temporary, "adapter_model.safetensors").stat().st_size
+    read = min(clock(generator.network.basis.aminmax)[:2] for _ in range(REPEATS))
     decode = min(clock(lambda: generator.generate_state_dict(task_vector=vector))[:2] for _ in range(REPEATS))
     swap = min(clock(lambda: generator.generate_adapter(base_model=model, task_vector=vector))[:2] for _ in range(REPEATS))
     add = clock(lambda: generator.generate_adapter(base_model=model, task_vector=vector, adapter_name="second"))
@@ -137,6 +140,7 @@ def measure(rank: int, dtype: str) -> dict:
         "peak of generate and attach / adapter": attached / size,
         "peak of generate, attach and save / adapter": saved / size,
         "load (s)": load[:2],
+        "read the basis (s)": read,
         "generate_state_dict (s)": decode,
         "generate_adapter on a bare base (s)": first[:2],
         "generate_adapter in the place of another (s)": swap,
@@ -145,10 +149,39 @@ def measure(rank: int, dtype: str) -> dict:
     }
 
 
+def gain() -> dict:
+    """Share of the own LoRAs' gain that the bundled text generator has as it is, and with a basis of 8 bits: seed 0, the first
+    2,000 characters of each task's held-out text."""
+    from transformers import AutoTokenizer
+
+    from peft_icm import AdapterCollection, ICMGenerator, bundled_generator
+    from peft_icm.bundled import bundled_folder
+    from peft_icm.evaluation.text import Evaluation
+    from peft_icm.tasks import load_tasks
+
+    own = AdapterCollection.from_pretrained(bundled_folder("text") / "own")
+    tasks = [dataclasses.replace(task, test_texts=[task.test_texts[0][:2000]]) for task in load_tasks(bundled_folder("text") / "tasks")]
+    lora = {task.name: own.final(task.name) for task in tasks}
+    found: dict = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        one = ICMGenerator.from_pretrained(bundled_generator("text"))
+        one.save_pretrained(temporary, dtype="int8", with_base_model=True)
+        for generator in (one, ICMGenerator.from_pretrained(temporary)):
+            tokenizer = AutoTokenizer.from_pretrained(generator.load_base().name_or_path)
+            report = Evaluation.evaluate(generator, tokenizer, tasks, lora, variants=["generated"], seeds=[0])
+            total = sum(report.gain(task.name, "generated") for task in tasks)
+            size = sum(tensor.nbytes for tensor in generator.state_dict().values())
+            dtype = str(generator.network.basis.dtype).removeprefix("torch.")
+            found[dtype] = {"share of gain": report.share("generated"), "gain": total, "bytes": size, "tasks": len(tasks)}
+    before, after = (row["gain"] for row in found.values())
+    return {**found, "loss of gain": 1 - after / before}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("large.json"))
     parser.add_argument("--ranks", type=int, nargs="*", default=[16, 40])
+    parser.add_argument("--gain", action="store_true", help="measure that alone")
     parser.add_argument("--row", nargs=2, metavar=("RANK", "DTYPE"), help=argparse.SUPPRESS)
     parser.add_argument("--save", nargs=3, metavar=("FOLDER", "RANK", "DTYPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -166,15 +199,20 @@ def main() -> None:
         "command": "python benchmarks/large.py",
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "load": [],
+        "load": [round(os.getloadavg()[0], 1)],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
         "seed": 0,
         "rows": [],
     }
+    if args.gain:
+        result |= {"command": "python benchmarks/large.py --gain", "rows": [gain()]}
+        print(json.dumps(result["rows"], indent=1))
+        args.output.write_text(json.dumps(result, indent=1))
+        return
     for rank in args.ranks:
         for dtype in ("int8", "bfloat16"):
-            result["load"].append(os.getloadavg()[0])
             done = subprocess.run([sys.executable, __file__, "--row", str(rank), dtype], check=True, capture_output=True, text=True)
+            result["load"].append(round(os.getloadavg()[0], 1))
             row = json.loads(done.stdout, parse_float=lambda digits: round(float(digits), 3))
             result["rows"].append(row)
             print(json.dumps(row, indent=1))
