@@ -82,7 +82,12 @@ class TestRay:
         try:
             nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
             with pytest.raises(ValueError, match="No node of the Ray cluster has 1 CPUs and 64 GPUs"):
-                collect(base, tasks(NAMES[:1]), lora(), arguments(tmp_path, launcher="ray", ray_address=cluster.address, gpus_per_task=64))
+                collect(
+                    base,
+                    tasks(NAMES[:1]),
+                    lora(),
+                    arguments(tmp_path, launcher="ray", ray_address=cluster.address, gpus_per_task=64, **EPOCHS),
+                )
             training = []
 
             def lose_a_node():
@@ -91,7 +96,7 @@ class TestRay:
                 cluster.remove_node(nodes[0], allow_graceful=False)
                 training.extend(name for name in begun if not (tmp_path / name / "done.json").exists())
 
-            killer = threading.Thread(target=lose_a_node)
+            killer = threading.Thread(target=lose_a_node, daemon=True)
             killer.start()
             collection = collect(base, tasks(), lora(), arguments(tmp_path, launcher="ray", ray_address=cluster.address, **EPOCHS))
             killer.join()
