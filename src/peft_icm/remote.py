@@ -12,8 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import cached_assets_path
-
 from .disk import inside, replacing_folder
 
 
@@ -94,6 +92,8 @@ def cached(url: str) -> Path:
     Raises:
         `OSError`: One line, if it cannot be read or nothing is there.
     """
+    from huggingface_hub import cached_assets_path
+
     with _one_line(url, "read") as (fs, root):
         fs.invalidate_cache()
         found = fs.find(root, detail=True)
