@@ -11,9 +11,9 @@ from transformers.utils import ModelOutput
 
 from ..adapters.snapshots import SnapshotMatrix
 from .adapting import AdaptingMixin
+from .belongings import Source
 from .condition_space import ConditionSpace
 from .configuration_icm import ICMConfig
-from .generation import Source
 from .networks import NETWORKS, ContextAttention, Statistics
 from .reading import Reader
 from .sampling import Generators, as_conditions, draw_noise

@@ -18,8 +18,9 @@ from ..disk import inside, replacing_folder
 from ..hub.cards import generator_card
 from ..hub.files import BASE_FOLDER, REPORT, PushOptions, copy_base, published, push_folder, resolve
 from ..hub.space import GENERATOR_FOLDER, space_card, write_space
+from .belongings import LOADING, Source
 from .configuration_icm import ICMConfig
-from .generation import LOADING, AdapterMixin, Source
+from .generation import AdapterMixin
 from .weights import SAVED_DTYPES, check_weights, hash_weights, in_dtype, weight_files, weight_names
 
 ENCODER_FOLDER = "encoder"
