@@ -17,9 +17,16 @@ LEAVES = {
     "README.md": ["shakespeare-lora/adapter_model.safetensors", "my-generator/model.safetensors"],
     "index.md": ["shakespeare-lora/adapter_model.safetensors"],
     "app.md": [],
+    "scale.md": ["small/model.safetensors"],
     "serving.md": ["bible-gguf/adapter_model.gguf"],
 }
-PUSHES = {"README.md": {("models", "me/my-generator")}, "index.md": set(), "app.md": {("spaces", "me/demo")}, "serving.md": set()}
+PUSHES = {
+    "README.md": {("models", "me/my-generator")},
+    "index.md": set(),
+    "app.md": {("spaces", "me/demo")},
+    "scale.md": set(),
+    "serving.md": set(),
+}
 
 
 @pytest.mark.slow
