@@ -1,11 +1,13 @@
 """Push and pull through the real huggingface_hub client, against a Hub of our own over HTTP."""
 
+import io
 import json
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model_state_dict
+from PIL import Image
 from tiny import CONDITION_DIM, florence, florence_layout, generator, llama, llama_layout
 
 from peft_icm import AdapterCollection, ICMConfig, ICMGenerator, push_adapter
@@ -210,6 +212,25 @@ class TestReport:
         assert f"lies {100 * mean['nearest_snapshot']:.1f} % of" in text and f"{mean['ratio']:.2f} times as far" in text
         assert text.count("nearer than another snapshot") == 1 and "one snapshot of each task" not in text and "None" not in text
         ICMGenerator.from_pretrained(REPO, cache_dir=tmp_path)
+
+    def test_a_picture_goes_along_without_what_it_says_of_its_camera(self, hub, token, tmp_path):
+        exif = Image.Exif()
+        exif[0x010F] = "a camera"
+        Image.new("RGB", (8, 6), "red").save(tmp_path / "shown.jpg", exif=exif)
+        generator().push_to_hub(REPO, token=token, picture=tmp_path / "shown.jpg")
+        files = hub.repos["models", REPO].files()
+        shown = Image.open(io.BytesIO(files["picture.png"]))
+        assert shown.format == "PNG" and shown.size == (8, 6) and not shown.getexif()
+        card = ModelCard(files["README.md"].decode())
+        assert card.data.widget[0]["output"] == {"url": "picture.png"} and "](picture.png)" in card.text
+        generator().push_to_hub("org/plain", token=token)
+        assert "picture" not in hub.repos["models", "org/plain"].files()["README.md"].decode().replace("pictures", "")
+
+    def test_no_picture_nothing_on_the_hub(self, hub, token, tmp_path):
+        (tmp_path / "shown.png").write_bytes(b"no picture")
+        with pytest.raises(ValueError, match=r"shown\.png"):
+            generator().push_to_hub(REPO, token=token, picture=tmp_path / "shown.png")
+        assert ("models", REPO) not in hub.repos
 
     @pytest.mark.parametrize(
         ("ratio", "said"), [(0.5, "0.50 times as far as"), (1.5, "1.50 times as far as"), (None, "| generated adapter to the nearest")]

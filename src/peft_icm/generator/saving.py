@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from ..disk import inside, replacing_folder
 from ..hub.cards import generator_card
-from ..hub.files import BASE_FOLDER, REPORT, PushOptions, copy_base, published, push_folder, resolve
+from ..hub.files import BASE_FOLDER, PICTURE, REPORT, PushOptions, copy_base, published, push_folder, resolve
 from ..hub.space import GENERATOR_FOLDER, space_card, write_space
+from ..pictures import Picture, open_picture
 from .belongings import LOADING, Source
 from .configuration_icm import ICMConfig
 from .generation import AdapterMixin
@@ -190,6 +191,7 @@ class SavedModel(AdapterMixin, PreTrainedModel):
         max_shard_size: int | str = "50GB",
         safe_serialization: bool = True,
         report: Mapping[str, Any] | None = None,
+        picture: Picture | None = None,
         **push: Unpack[PushOptions],
     ) -> CommitInfo:
         """Push the generator in one commit, with a card that tells what is known and nothing else.
@@ -205,6 +207,8 @@ class SavedModel(AdapterMixin, PreTrainedModel):
             safe_serialization (`bool`, defaults to `True`): There for those who pass it; there is no other way.
             report (`Mapping`, *optional*): What [`memorisation_report`] returned: goes along as `memorisation.json`, and its means into
                 the card.
+            picture (`PIL.Image.Image`, `str` or `Path`, *optional*): What its adapters do, such as the figure that `peft-icm demo` draws:
+                goes along as `picture.png`, without its metadata, and into the card and the Hub's widget.
             **push: `commit_message`, `commit_description`, `tags`, `private`, `token`, `revision`, `create_pr` and `overwrite_card`: see
                 [`PushOptions`].
 
@@ -212,17 +216,20 @@ class SavedModel(AdapterMixin, PreTrainedModel):
             `huggingface_hub.CommitInfo`: Of the one commit.
 
         Raises:
-            `ValueError`: If `safe_serialization` is off, `dtype` is none, or a file names a folder of this machine; nothing is on the Hub
-                then.
+            `ValueError`: If `safe_serialization` is off, `dtype` is none, `picture` is no picture, or a file names a folder of this
+                machine; nothing is on the Hub then.
         """
         _check_safe(safe_serialization)
         self._check_dtype(dtype)
         push["commit_message"] = push.get("commit_message") or "Upload ICMGenerator"
+        shown = None if picture is None else open_picture(picture)
 
         def write(folder: Path) -> None:
             self._write_published(folder, repo_id, with_base_model, max_shard_size, dtype)
             if report is not None:
                 (folder / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+            if shown is not None:
+                shown.save(folder / PICTURE)
 
         return push_folder(
             write,

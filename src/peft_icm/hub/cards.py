@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardData
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from .files import BASE_FOLDER, REPORT, is_local, published
+from .files import BASE_FOLDER, PICTURE, REPORT, is_local, published
 
 # The Hub's pipeline tags by the classes of base models; a class that reads pictures and text may be listed under both.
 _PIPELINES = {
@@ -65,7 +65,7 @@ def generator_card(
     Args:
         config (`Mapping`): [`ICMConfig.to_dict`] of the generator.
         repo_id (`str`): Where it will live.
-        folder (`str` or `Path`): Where it is saved, to count its bytes.
+        folder (`str` or `Path`): Where it is saved, to count its bytes; a `picture.png` in it is shown.
         report (`Mapping`, *optional*): What [`memorisation_report`] returned, for a section on it.
 
     Returns:
@@ -87,8 +87,10 @@ def generator_card(
     first = next((task["description"] for task in tasks if task["description"]), "what you need")
     calls = {"text": repr(first), "examples": "examples=[...]", "images": "images=[...]"}
     model_name = repo_id.split("/")[-1]
+    picture = PICTURE if (Path(folder) / PICTURE).is_file() else None
     data = ModelCardData(
         library_name="peft_icm",
+        widget=[{"text": first, "output": {"url": picture}}] if picture else None,
         base_model=None if travels else _hub_id(named),
         tags=["icm", "lora", "peft", "hypernetwork", "adapter-generator"],
         model_name=model_name if metrics or requests else None,
@@ -132,6 +134,7 @@ def generator_card(
         requests=requests,
         report=report,
         report_file=REPORT,
+        picture=picture,
         **_lora(layout),
     )
 

@@ -33,6 +33,7 @@ from .reasons import what_it_answered, why_not_read
 BASE_FOLDER = "base_model"
 CARD = "README.md"
 REPORT = "memorisation.json"
+PICTURE = "picture.png"
 MARK = re.compile(r"\n<!-- written by peft_icm, sha256 ([0-9a-f]{64}) -->\n*$")
 
 # What a base model is made of beside its weights, which are those that transformers would load.
