@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel
 
 from peft_icm import AdapterLayout, ICMConfig, ICMGenerator
 from peft_icm.adapters.base import load_base
-from peft_icm.generator import generation
+from peft_icm.generator import belongings
 
 VECTOR = torch.linspace(-1, 1, CONDITION_DIM)
 REPO = "me/pinned"
@@ -228,7 +228,7 @@ class TestHub:
         layout = AdapterLayout.from_dict({**llama_layout().to_dict(), "base_model_name_or_path": "me/base"})
         generator(layout).push_to_hub(REPO, token=token)
         calls = []
-        monkeypatch.setattr(generation, "load_base", lambda layout, *args, **kwargs: calls.append((args, kwargs)) or llama())
+        monkeypatch.setattr(belongings, "load_base", lambda layout, *args, **kwargs: calls.append((args, kwargs)) or llama())
         ICMGenerator.from_pretrained(REPO, cache_dir=tmp_path, token=token).load_base()
         assert calls == [(("me/base", None), {"token": token, "cache_dir": tmp_path})]
 
@@ -314,7 +314,7 @@ def test_the_encoder_follows_the_generator():
 
 def test_threads_load_one_base(tmp_path, monkeypatch):
     model, calls = with_base(tmp_path), []
-    monkeypatch.setattr(generation, "load_base", lambda *args, **kwargs: calls.append(1) or load_base(*args, **kwargs))
+    monkeypatch.setattr(belongings, "load_base", lambda *args, **kwargs: calls.append(1) or load_base(*args, **kwargs))
     found = []
     threads = [threading.Thread(target=lambda: found.append(model.load_base())) for _ in range(8)]
     for thread in threads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -108,9 +109,11 @@ def replacing_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         `Path`: An empty folder to write into.
 
     Raises:
-        `OSError`: If `target` is a file.
+        `OSError`: If `target` is a file or a URL.
     """
     path = Path(target).resolve()
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(target)):  # Path makes one stroke of two
+        raise OSError(f"{target} is a URL, and this is written into folders: save it into one, then copy that.")
     if path.exists() and not path.is_dir():
         raise OSError(f"{target} is a file: choose a folder.")
     path.parent.mkdir(parents=True, exist_ok=True)

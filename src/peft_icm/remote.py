@@ -99,11 +99,12 @@ def cached(url: str) -> Path:
         found = fs.find(root, detail=True)
         if not found:
             raise FileNotFoundError("there are no files")
+        names = [path.removeprefix(root).lstrip("/") for path in found]
     digest = hashlib.sha256(repr((url, sorted(found.items()))).encode()).hexdigest()
     folder = cached_assets_path("peft_icm", namespace="urls") / digest
     if not folder.is_dir():
         with replacing_folder(folder) as new:
-            download(url, files(url), new)
+            download(url, names, new)
     return folder
 
 
@@ -143,7 +144,10 @@ def _one_line(url: str, done: str) -> Iterator[tuple[Any, str]]:
     import fsspec
 
     try:
-        yield fsspec.core.url_to_fs(url)
+        fs, path = fsspec.core.url_to_fs(url)
+        if "file" in fs.protocol:
+            fs.auto_mkdir = True
+        yield fs, path
     except Exception as error:  # every store raises what it likes
         reason = " ".join(str(error).split())
         raise OSError(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import peft
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, has_file
@@ -21,6 +23,7 @@ from ..adapters.collection import AdapterCollection
 from ..adapters.functional import check_fields
 from ..adapters.layout import AdapterLayout
 from ..disk import inside, safe_name
+from ..remote import is_url
 from ..tasks.fields import strings
 from ..tasks.language_modeling import context_size
 from .arguments import CollectingArguments, Task
@@ -90,18 +93,40 @@ def collect(
             return None
         for task in tasks:  # those of other processes too
             check_finished(folder / task.name, args.num_snapshots, data[task.name])
-        return gather(folder, tasks)
+        collection = gather(folder, tasks)
+        return replace(collection, snapshots=dict(collection.snapshots)) if is_url(args.output_dir) else collection
+
+
+class EpochFiles(Mapping[str, Tensor]):
+    """The snapshots of finished tasks, `[K, P]` of each, read from the files of their epochs when they are asked for.
+
+    Args:
+        folders (`Mapping[str, Path]`): Of each task.
+        layout ([`AdapterLayout`]): Of all of them.
+    """
+
+    def __init__(self, folders: Mapping[str, Path], layout: AdapterLayout):
+        self.folders, self.layout = dict(folders), layout
+
+    def __getitem__(self, task: str) -> Tensor:
+        return torch.stack([self.layout.flatten(read_snapshot(file)) for file in snapshot_files(self.folders[task])])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.folders)
+
+    def __len__(self) -> int:
+        return len(self.folders)
 
 
 def gather(folder: str | Path, tasks: Sequence[Task]) -> AdapterCollection:
-    """Read the finished tasks of a collecting folder.
+    """A collection of the finished tasks of a collecting folder, whose snapshots stay there and are read task by task.
 
     Args:
         folder (`str` or `Path`): `output_dir` of [`collect`].
         tasks (`Sequence[Task]`): Which, and in what order.
 
     Returns:
-        [`AdapterCollection`]
+        [`AdapterCollection`]: Save it before the folder is deleted.
 
     Raises:
         `ValueError`: If a task is not finished, or two have different layouts.
@@ -109,7 +134,7 @@ def gather(folder: str | Path, tasks: Sequence[Task]) -> AdapterCollection:
     root = Path(folder)
     recipe = read_json(root / RECIPE)
     layout: AdapterLayout | None = None
-    snapshots, losses = {}, {}
+    folders, losses = {}, {}
     for task in tasks:
         if not (root / safe_name(task.name, "task") / DONE).is_file():
             raise ValueError(f"Task {task.name!r} is not finished in {root}: run collect again.")
@@ -118,9 +143,9 @@ def gather(folder: str | Path, tasks: Sequence[Task]) -> AdapterCollection:
         layout = layout or own
         if own.fingerprint != layout.fingerprint:
             raise ValueError(f"Task {task.name!r} has another layout: {layout.difference(own)}.")
-        snapshots[task.name] = torch.stack([layout.flatten(read_snapshot(file)) for file in snapshot_files(inside(root, task.name))])
-        if len(snapshots[task.name]) != recipe["num_snapshots"]:
-            found, wanted = len(snapshots[task.name]), recipe["num_snapshots"]
+        folders[task.name] = inside(root, task.name)
+        found, wanted = len(snapshot_files(folders[task.name])), recipe["num_snapshots"]
+        if found != wanted:
             raise ValueError(f"Task {task.name!r} has {found} snapshots in {root}, its recipe {wanted}: run collect again.")
         losses[task.name] = done["train_loss"]
     assert layout is not None
@@ -130,7 +155,7 @@ def gather(folder: str | Path, tasks: Sequence[Task]) -> AdapterCollection:
         "date": datetime.date.today().isoformat(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
     }
-    return AdapterCollection(layout, snapshots, {task.name: _sentences(task) for task in tasks}, metadata=metadata)
+    return AdapterCollection(layout, EpochFiles(folders, layout), {task.name: _sentences(task) for task in tasks}, metadata=metadata)
 
 
 def _sentences(task: Task) -> list[str]:

@@ -135,6 +135,7 @@ def _start_ray(args: CollectingArguments) -> None:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # by default a task that is out of memory is started again for ever
     before = signal.getsignal(signal.SIGTERM)
     # What tasks print stays in Ray's logs: stdout is the caller's.
     ray.init(args.ray_address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)

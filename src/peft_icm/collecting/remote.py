@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .. import remote
 from .folder import DONE, LOCKS, make_folder
+
+PAUSES = (2.0, 10.0)  # seconds before a task is sent again
 
 
 @contextmanager
@@ -48,10 +51,24 @@ def send_file(output_dir: str, file: Path) -> None:
 
 
 def send(output_dir: str, folder: Path, task: str) -> None:
-    """Of a URL, move a finished task there."""
-    if remote.is_url(output_dir):
-        remote.upload(folder / task, _at(output_dir, task), last=DONE)
-        shutil.rmtree(folder / task)
+    """Of a URL, move a finished task there; what cannot be sent is kept.
+
+    Raises:
+        `OSError`: One line, if it cannot be sent in three attempts.
+    """
+    if not remote.is_url(output_dir):
+        return
+    for pause in (*PAUSES, None):
+        try:
+            remote.upload(folder / task, _at(output_dir, task), last=DONE)
+            break
+        except OSError as error:
+            if pause is None:
+                kept = Path(tempfile.mkdtemp(prefix="peft-icm-kept-")) / task
+                shutil.move(folder / task, kept)
+                raise OSError(f"{error} Task {task!r} is trained and lies in {kept}: copy it there, and run again.") from error
+            time.sleep(pause)
+    shutil.rmtree(folder / task)
 
 
 def _at(output_dir: str, name: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
+from ..remote import is_url
 from .base import HubOptions, Picture, TaskEncoder, open_images
 from .clip import ClipEncoder
 from .hidden_state import HiddenStateEncoder
@@ -70,8 +71,8 @@ def load_task_encoder(
     checkpoint = str(folder or config["checkpoint"])
     named = [checkpoint.removeprefix("hf-hub:")] * (folder is None) + [str(config.get("pretrained") or "")]
     for name in named if from_hub else ():
-        if os.path.exists(name) or name.startswith(("/", "\\", ".", "~")):
-            raise ValueError(f"The encoder of this repo is {name!r}, a place on this machine: a repo may only name other repos.")
+        if os.path.exists(name) or name.startswith(("/", "\\", ".", "~")) or is_url(name):
+            raise ValueError(f"The encoder of this repo is {name!r}, a place on this machine or a URL: a repo may only name other repos.")
     options = {name: config[name] for name in kind.options if name in config}
     if kind is JoinedEncoder:
         options["from_hub"] = from_hub

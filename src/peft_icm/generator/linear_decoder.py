@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +36,14 @@ class LinearDecoder(nn.Module):
             self.register_buffer("row_scale", scale)
         else:
             self.basis = nn.Parameter(basis, requires_grad=trained)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearDecoder:
+        """The scales stay in fp32 whatever the rest is cast to: fp16 has too few digits for those of a large adapter."""
+        scale = self._buffers.get("row_scale")
+        super()._apply(fn, recurse)
+        if scale is not None:
+            self.row_scale = scale.to(fn(scale).device)
+        return self
 
     @property
     def rows(self) -> Tensor:

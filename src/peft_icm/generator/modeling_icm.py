@@ -280,6 +280,9 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         Returns:
             `Tensor`: `[N, r + 1]` fp32 on the CPU: r coordinates, one for each component in use, and the mean square of the rest.
 
+        Raises:
+            `ValueError`: If the generator is of 8 bits.
+
         Example:
 
         ```python
@@ -294,8 +297,9 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
 
         ```
         """
-        blocks = self.normalized(parameters).rows("coordinates")
-        return torch.cat([self.network.project(block.to(self.device)).cpu() for _, block in blocks])
+        self._check_trainable()
+        blocks, used = self.normalized(parameters).rows("coordinates"), self.network.used
+        return torch.cat([self.network.project(block.to(self.device), used).cpu() for _, block in blocks])
 
     @torch.no_grad()
     def remember(self, parameters: Iterable[Tensor], conditions: Tensor, *, projected: bool = False) -> None:

@@ -206,18 +206,24 @@ class PrincipalNetwork(LinearDecoder):
         self.scale.fill_(1.0)
         self.scale[: len(singular)] = (singular / len(rows) ** 0.5).to(self.scale.dtype)
 
+    @property
+    def used(self) -> int:
+        """r, the components that are in use: they stand first, the others are zero."""
+        return int((torch.linalg.vector_norm(self.basis, torch.inf, dim=1) > 0).sum())
+
     @torch.no_grad()
-    def project(self, parameters: Tensor) -> Tensor:
+    def project(self, parameters: Tensor, used: int) -> Tensor:
         """What the loss needs of normalised adapters, without P: their coordinates, and how far from the subspace they lie.
 
         Args:
             parameters (`Tensor`): `[N, P]`; overwritten.
+            used (`int`): r, see [`~PrincipalNetwork.used`].
 
         Returns:
-            `Tensor`: `[N, r + 1]` fp32: in each of the r components in use, which stand first, the coordinate a; the mean square of
-            the rest, which is orthogonal to them.
+            `Tensor`: `[N, r + 1]` fp32: in each of the r components in use the coordinate a; the mean square of the rest, which is
+            orthogonal to them.
         """
-        basis, scale = (part[self.basis.norm(dim=1) > 0].to(parameters.dtype) for part in (self.basis, self.scale))
+        basis, scale = (part[:used].to(parameters.dtype) for part in (self.basis, self.scale))
         parameters.sub_(self.center)
         coordinates = parameters @ basis.T
         rest = torch.addmm(parameters, coordinates, basis, alpha=-1, out=parameters).square_().mean(1)

@@ -19,6 +19,7 @@ from ..hub.cards import generator_card
 from ..hub.files import BASE_FOLDER, PICTURE, REPORT, PushOptions, copy_base, published, push_folder, resolve
 from ..hub.space import GENERATOR_FOLDER, space_card, write_space
 from ..pictures import Picture, open_picture
+from ..remote import is_url
 from .belongings import LOADING, Source
 from .configuration_icm import ICMConfig
 from .generation import AdapterMixin
@@ -65,6 +66,8 @@ class SavedModel(AdapterMixin, PreTrainedModel):
         names = ("revision", "token", "cache_dir", "local_files_only")
         given = {option: value for option in names if (value := kwargs.pop(option, None)) is not None}
         root = resolve(name, allow_patterns=[str(PurePosixPath(subfolder, file)) for file in _OWN_FILES], **given)
+        if is_url(name):
+            name = str(root)  # the copy of what lay there is a folder like any other
         folder = inside(root, subfolder) if subfolder else root
         fields = {field: kwargs.pop(field) for field in ICMConfig.__annotations__ if field in kwargs}
         own: ICMConfig = config if isinstance(config, ICMConfig) else ICMConfig.from_pretrained(config or folder, **fields)

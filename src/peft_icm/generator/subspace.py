@@ -80,7 +80,7 @@ def _of_random_subspace(rows: SnapshotMatrix, rank: int) -> tuple[Tensor, Tensor
 def _orthonormalize(basis: Tensor) -> None:
     """In place, rows that nearly are; fp32 leaves those of small singular values not quite orthogonal."""
     parts = basis.split(2**16, dim=1)
-    gram = torch.zeros(len(basis), len(basis), dtype=torch.float64)
+    gram = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=basis.device)
     for part in parts:
         gram.addmm_(part.double(), part.double().T)
     factor = torch.linalg.cholesky(gram)

@@ -16,7 +16,8 @@ from ..disk import safe_name
 from .linear_decoder import to_int8
 
 _DTYPES = {"F64", "F32", "F16", "BF16"}
-EXACT = ("statistics", "space", "reader", "text_reader")  # modules that stay in fp32, whatever the others are cast to
+# What stays in fp32, whatever the others are cast to: modules, and the scales of a basis of 8 bits.
+EXACT = ("statistics", "space", "reader", "text_reader", "row_scale")
 SAVED_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -117,7 +118,7 @@ def in_dtype(state_dict: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     """
     if dtype != "int8":
         wanted = getattr(torch, dtype)
-        cast = {name for name, tensor in state_dict.items() if tensor.is_floating_point() and name.partition(".")[0] not in EXACT}
+        cast = {name for name, tensor in state_dict.items() if tensor.is_floating_point() and not set(EXACT) & set(name.split("."))}
         return {name: tensor.to(wanted) if name in cast else tensor for name, tensor in state_dict.items()}
     found, basis = dict(state_dict), state_dict["network.basis"]
     if basis.is_floating_point():

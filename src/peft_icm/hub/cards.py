@@ -121,6 +121,7 @@ def generator_card(
         base_revision=layout.get("revision"),
         architecture=config.get("architecture"),
         latent_size=config.get("latent_size"),
+        basis_dtype=config.get("basis_dtype"),
         encoder=_encoder_line(encoder),
         encoder_travels=bool(encoder.get("folder")),
         adapter_size=_size(adapter_bytes),
