@@ -130,7 +130,7 @@ class TestInt8:
         with torch.no_grad():
             one, two = (each(parameters, condition, noise=torch.zeros(3, 4)) for each in (model, found))
         torch.testing.assert_close(one.latent_mean, two.latent_mean, rtol=0.05, atol=0.05)
-        for refused in (found.train, lambda: found.fit(parameters, condition)):
+        for refused in (found.train, lambda: found.fit(parameters, condition), lambda: found.project(parameters)):
             with pytest.raises(ValueError, match="basis_dtype='int8': generators of 8 bits do not train"):
                 refused()
 

@@ -1,17 +1,23 @@
 """Folders at a URL: in memory, and on an S3 server on 127.0.0.1."""
 
 import json
+import os
 import tempfile
 from importlib.util import find_spec
+from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 from command_line import run
 from huggingface_hub import HfApi
 from test_collecting import arguments, lora, same, tasks
 from test_collecting_again import own_base
+from tiny import CONDITION_DIM, generator
 
-from peft_icm import AdapterCollection, collect, remote
+from peft_icm import AdapterCollection, ICMGenerator, collect, remote
+from peft_icm.collecting import remote as collecting_remote
+from peft_icm.conditioning import load_task_encoder
 
 KEYS = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}
 
@@ -81,6 +87,40 @@ def test_collecting_goes_on_at_a_url(base, one, place, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_cannot_be_sent_is_kept(base, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("memory://loras/sonnet cannot be written (503).")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(remote, "upload", refuse)
+    monkeypatch.setattr(collecting_remote, "PAUSES", (0.0,))
+    with pytest.raises(OSError, match=r"\(503\)\. Task 'sonnet' is trained and lies in .*: copy it there, and run again") as error:
+        collect(base, tasks(["sonnet"]), lora(), arguments("memory://loras"))
+    kept = str(error.value).partition(" lies in ")[2].partition(": copy")[0]
+    assert (Path(kept) / "done.json").is_file()
+    fsspec.filesystem("memory").rm("/", recursive=True)
+
+
+def test_a_generator_at_a_url_is_a_folder_like_any_other(tmp_path):
+    model = generator()
+    model.save_pretrained(tmp_path / "g")
+    remote.upload(tmp_path / "g", "memory://g", last="config.json")
+    found = ICMGenerator.from_pretrained("memory://g")
+    assert os.path.isdir(found.name_or_path) and getattr(found.config, "_commit_hash", None) is None
+    vector = torch.randn(CONDITION_DIM)
+    assert torch.equal(found.sample(vector, temperature=0.0), model.sample(vector, temperature=0.0))
+    with pytest.raises(OSError, match="memory://h is a URL, and this is written into folders"):
+        found.save_pretrained("memory://h")
+    fsspec.filesystem("memory").rm("/", recursive=True)
+
+
+@pytest.mark.parametrize("checkpoint", ["hf-hub:file:///somewhere/encoder", "s3://bucket/encoder", "hf-hub:http://127.0.0.1:9/x"])
+def test_a_repo_names_no_url(checkpoint):
+    config = {"kind": "clip", "checkpoint": checkpoint, "sha256": "0"}
+    with pytest.raises(ValueError, match="or a URL: a repo may only name other repos"):
+        load_task_encoder(config, from_hub=True)
+
+
 class TestNotThere:
     def test_a_store_that_nobody_knows(self, base):
         with pytest.raises(OSError, match=r"nostore://x cannot be read .*Protocol not known: nostore") as error:
@@ -115,6 +155,10 @@ class TestACollection:
         descriptions = {task: ["other words"] for task in one.tasks}
         AdapterCollection(one.layout, one.snapshots, descriptions).save_pretrained(place)
         assert AdapterCollection.from_pretrained(place).descriptions == descriptions
+
+    def test_in_a_folder_that_is_named_as_a_url(self, one, tmp_path):
+        one.save_pretrained(f"file://{tmp_path}/c")
+        assert same(one, AdapterCollection.from_pretrained(f"file://{tmp_path}/c"))
 
     def test_that_is_not_there(self, place):
         with pytest.raises(OSError, match=rf"{place}/none cannot be read \(FileNotFoundError: .*\): check that") as error:
