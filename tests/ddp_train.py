@@ -39,7 +39,8 @@ def main():
         result = {"losses": losses, "processes": trainer.args.world_size, "eval": trainer.generator.config.training["metrics"]}
         (folder / "result.json").write_text(json.dumps(result))
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # whose threads may else abort the process as it ends
+        torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads abort one process in some that ends in the usual way, after all is done
 
 
 if __name__ == "__main__":
