@@ -86,7 +86,7 @@ class TestColumns:
     def test_a_walk_has_every_tensor_once(self, layout, monkeypatch):
         values = filled(layout)
         for group in (1, 100, 2**18):
-            monkeypatch.setattr("peft_icm.adapters.layout.GROUP", group)
+            monkeypatch.setattr("peft_icm.adapters.tensors.GROUP", group)
             assert torch.equal(torch.cat(list(layout.parts(values))), layout.flatten(values))
         assert layout.sha256(values, "bfloat16") != layout.sha256(values)
 
@@ -199,7 +199,7 @@ def test_nothing_of_an_adapter_s_size_is_made_beside_it(dtype, tmp_path, monkeyp
     monkeypatch.setattr("peft_icm.generator.networks.PIECE", 256)
     model, base = fitted(layout), llama(hidden_size=256)
     model = quantised(model, tmp_path / "g") if dtype == torch.int8 else model.to(dtype)
-    monkeypatch.setattr("peft_icm.adapters.layout.GROUP", 1000)
+    monkeypatch.setattr("peft_icm.adapters.tensors.GROUP", 1000)
     monkeypatch.setattr(modeling_icm, "BLOCK", 2000)
     with Largest() as watch:
         adapted = model.generate_adapter(base_model=base, task_vector=VECTOR)

@@ -19,9 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .functional import normal_config, scales
-from .tensors import PREFIX, KeyMap, check_tensors, expected_shape, map_keys, module_of, natural, outside_adapters, ranks_of
+from .tensors import PREFIX, KeyMap, check_tensors, expected_shape, groups, map_keys, module_of, natural, outside_adapters, ranks_of
 
-GROUP = 2**18  # numbers that a walk over an adapter takes together, where its tensors are smaller
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What is downloaded of an adapter's repo: with the configurations below it, by which a folder of named adapters is known.
 ADAPTER_FILES = ("adapter_*", "*/adapter_config.json")
@@ -254,16 +253,6 @@ class AdapterLayout:
         self._check(state_dict)
         return torch.cat([state_dict[key].detach().reshape(-1) for key in self.keys])
 
-    def groups(self) -> Iterator[slice]:
-        """A walk over the tensors in few steps and little memory: tensors in a row, of at most 2^18 numbers together, or a single one."""
-        first, numbers = 0, 0
-        for index, size in enumerate(self.sizes):
-            if index > first and numbers + size > GROUP:
-                yield slice(first, index)
-                first, numbers = index, 0
-            numbers += size
-        yield slice(first, len(self.keys))
-
     def parts(self, state_dict: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """The vector of an adapter a part `[n]` at a time, so that it is never whole beside the adapter.
 
@@ -271,7 +260,7 @@ class AdapterLayout:
             `ValueError`: As [`~AdapterLayout.flatten`], before the first part.
         """
         self._check(state_dict)
-        for group in self.groups():
+        for group in groups(self.sizes):
             flat = [state_dict[key].detach().reshape(-1) for key in self.keys[group]]
             yield flat[0] if len(flat) == 1 else torch.cat(flat)
 

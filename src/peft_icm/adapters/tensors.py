@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ KeyMap = Sequence[tuple[str, str]]
 T = TypeVar("T")
 _PARAMETER = re.compile(r"\.(?:lora_([AB])\.weight|lora_embedding_([AB]))$")
 MAX_NUMEL, MAX_TENSORS, MAX_KEY = 2**40, 2**17, 500
+GROUP = 2**18  # numbers that a walk over an adapter takes together, where its tensors are smaller
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _IN_OUT = (
     ("in_features", "out_features"),
@@ -108,6 +109,17 @@ def outside_adapters(model: nn.Module) -> dict[str, nn.Module]:
         inner = [("base_layer", layer.base_layer)] if isinstance(module, BaseTunerLayer) else module.named_children()
         waiting += [(f"{name}.{child}" if name else child, part) for child, part in reversed(list(inner))]
     return found
+
+
+def groups(sizes: Sequence[int]) -> Iterator[slice]:
+    """A walk over tensors in few steps and little memory: those in a row of at most 2^18 numbers together, or a single one."""
+    first, numbers = 0, 0
+    for index, size in enumerate(sizes):
+        if index > first and numbers + size > GROUP:
+            yield slice(first, index)
+            first, numbers = index, 0
+        numbers += size
+    yield slice(first, len(sizes))
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -126,7 +126,7 @@ def gather(folder: str | Path, tasks: Sequence[Task]) -> AdapterCollection:
         tasks (`Sequence[Task]`): Which, and in what order.
 
     Returns:
-        [`AdapterCollection`]: Save it before the folder is deleted.
+        [`AdapterCollection`]: Save it, before the folder is deleted: what is saved is read in fewer pieces.
 
     Raises:
         `ValueError`: If a task is not finished, or two have different layouts.

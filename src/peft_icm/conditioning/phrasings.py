@@ -163,7 +163,7 @@ def foreign(seed: int = 0, *, held_out: bool = False) -> list[str]:
 
 def _say(sentence: str, draw: random.Random, held_out: bool) -> str:
     subject = subject_of(sentence)
-    words = {"one": _singular(subject), "task": sentence}
+    words = {"one": singular(subject), "task": sentence}
     text = draw.choice(HELD_OUT_FRAMES if held_out else FRAMES).replace("{}", "{subject}").format(subject=subject, **words)
     if not held_out:
         text = " ".join(part for part in (draw.choice(BEFORE), text, draw.choice(AFTER)) if part)
@@ -179,8 +179,23 @@ def _say(sentence: str, draw: random.Random, held_out: bool) -> str:
     return text
 
 
-def _singular(subject: str) -> str:
-    """Of a plural such as "sofas" or "slices of pizza"; anything else stays as it is."""
+def singular(subject: str) -> str:
+    """Of a plural such as "sofas" or "slices of pizza"; anything else stays as it is.
+
+    Args:
+        subject (`str`): One or two words, in lower case.
+
+    Returns:
+        `str`
+
+    Example:
+
+    ```python
+    >>> singular("sofas"), singular("puppies"), singular("glass")
+    ('sofa', 'puppy', 'glass')
+
+    ```
+    """
     head, *rest = re.split(r"(?= of )", subject, maxsplit=1)
     for ending, singular in (
         ("ies", "y"),

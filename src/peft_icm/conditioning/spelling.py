@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable
 
 from .base import TaskEncoder
+from .phrasings import singular
 
 WORD = re.compile(r"[^\W\d_]+")
 SHORTEST = 5  # letters; a slip in a shorter word makes another one too easily
@@ -13,7 +14,7 @@ ENDINGS = ("", "s", "es", "d", "ed", "ing", "er", "ly")
 
 
 def words_of(sentences: Iterable[str]) -> list[str]:
-    """The words that a misspelt one may stand for: those of the tasks' sentences, with and without a plural's s.
+    """The words that a misspelt one may stand for: those of the tasks' sentences, and the singular of a plural.
 
     Args:
         sentences (`Iterable[str]`): Of all tasks.
@@ -30,7 +31,7 @@ def words_of(sentences: Iterable[str]) -> list[str]:
     ```
     """
     said = [word for sentence in sentences for word in WORD.findall(sentence.lower())]
-    return list(dict.fromkeys(form for word in said for form in (word, word.removesuffix("s")) if len(form) >= SHORTEST))
+    return list(dict.fromkeys(form for word in said for form in (word, singular(word)) if len(form) >= SHORTEST))
 
 
 def respell(text: str, words: Collection[str], encoder: TaskEncoder) -> str:
@@ -38,7 +39,7 @@ def respell(text: str, words: Collection[str], encoder: TaskEncoder) -> str:
 
     A word is misspelt if it is none of `words`, the encoder's tokenizer has to put it together from pieces, even without its ending, and
     one slip - a letter too many, too few or wrong, or two exchanged - leads from one of `words` with the same first letter to it, or to
-    it without a plural's s.
+    its singular.
 
     Args:
         text (`str`): Of a request.
@@ -61,7 +62,7 @@ def respell(text: str, words: Collection[str], encoder: TaskEncoder) -> str:
 
     def meant(match: re.Match[str]) -> str:
         word = match[0].lower()
-        forms = (word, word.removesuffix("s"))
+        forms = (word, singular(word))
         if len(word) < SHORTEST or any(form in words for form in forms):
             return match[0]
         near = next((other for other in words for form in forms if other[0] == form[0] and _one_slip(form, other)), None)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters.attach import attach, check_name, unchanged_on_failure
-from ..adapters.tensors import all_finite
+from ..adapters.tensors import all_finite, groups
 from ..conditioning import Picture, open_images
 from ..conditioning.spelling import respell
 from ..disk import MAX_NAME_BYTES
@@ -139,7 +139,7 @@ class AdapterMixin(BelongingsMixin, RequestsMixin):
         """One adapter of what `_draw` gave for it, `[1, R]`: its tensors are decoded in turn, and it is never whole beside them."""
         layout, sizes, units, first = self.layout, self.layout.sizes, self.statistics.units(), 0
         found: dict[str, Tensor] = {}
-        for group in layout.groups():
+        for group in groups(layout.sizes):
             count = sum(sizes[group])
             part = self._decode_into(coordinates, units, first, torch.empty(1, count, device=coordinates.device))[0].to(
                 "cpu", layout.torch_dtype

@@ -2,8 +2,7 @@
 
 All architectures speak one interface: `encode(l, v) -> (mean, logvar)`, `decode(z, v) -> l`, on normalised vectors;
 `reconstruction_loss(squared_error)`; `prior_weight`, that of the squared error of a z from the prior; `fit(l)` for what is estimated
-from the collection instead of trained. `coordinates(z, v)` and `write` decode some columns of l at a time, without gradient.
-None has a BatchNorm: a generator produces one sample at a time.
+from the collection; `coordinates(z, v)` and `write`, to decode some columns of l at a time. No BatchNorm: samples come singly.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """A generator for a thousand tasks of Llama-3-8B, fitted and trained in little memory.
 
-    python benchmarks/scale_thousand.py --output benchmarks/scale_thousand.json
+    python -m benchmarks.scale.thousand
+
+Writes results/thousand.json.
 
 The snapshots, 1,000 x 20 x 851,968 numbers (q and v, r = 2: 68 GB in fp32), lie nowhere: a seeded source makes the rows and columns that
 are asked for, as a collection on disk gives them. They are what a collection looks like: tasks as points in a few dozen directions that
@@ -11,9 +13,7 @@ clock counts the making of the numbers too: `making` says how long one pass over
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import resource
 import tempfile
 import time
@@ -21,20 +21,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy
-import peft
 import torch
 import torch.nn.functional as F
-import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from benchmarks.generate import facts
+from benchmarks.paper.results import write_json
 from peft_icm import AdapterCollection, AdapterLayout, ICMConfig, ICMGenerator, ICMTrainer, ICMTrainingArguments
 from peft_icm.adapters.snapshots import SnapshotMatrix
 
-LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-              "num_key_value_heads": 8, "vocab_size": 128256}  # fmt: skip
+from .stages import BASES, Clock
+
 DIRECTIONS, NOISE = 32, 0.3
 PHRASINGS, DIM = 5, 384  # task vectors of each task, as MiniLM makes them
 
@@ -93,9 +91,8 @@ class SeededRows:
 def layout() -> AdapterLayout:
     """Llama-3-8B's q and v at r = 2: P = 851,968."""
     with torch.device("meta"):
-        base = LlamaForCausalLM(LlamaConfig(**LLAMA_3_8B))
         lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        return AdapterLayout.from_peft_model(get_peft_model(base, lora))
+        return AdapterLayout.from_peft_model(get_peft_model(BASES["Llama-3-8B"](), lora))
 
 
 def collection(tasks: int, snapshots: int, seed: int = 0) -> AdapterCollection:
@@ -107,19 +104,6 @@ def collection(tasks: int, snapshots: int, seed: int = 0) -> AdapterCollection:
         task: F.normalize(torch.randn(1, DIM, generator=draw) + 0.3 * torch.randn(PHRASINGS, DIM, generator=draw)) for task in source
     }
     return AdapterCollection(form, source, {task: [f"task {task}"] for task in source}, vectors)
-
-
-class Clock(TrainerCallback):
-    """Seconds of every step."""
-
-    def __init__(self) -> None:
-        self.steps: list[float] = []
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.start = time.perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.steps.append(time.perf_counter() - self.start)
 
 
 def passes(seconds: dict[str, float]) -> None:
@@ -219,22 +203,15 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=1000)
     parser.add_argument("--snapshots", type=int, default=20)
     parser.add_argument("--components", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--max-memory-bytes", type=int, default=ICMTrainingArguments.max_memory_bytes)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("scale_thousand.json"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "thousand.json")
     args = parser.parse_args()
     options = {name: value for name, value in vars(args).items() if name != "output"}
-    result = {
-        "command": "python benchmarks/scale_thousand.py " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in options.items()),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "numpy": numpy.__version__, "torch": torch.__version__,
-                     "transformers": transformers.__version__, "peft": peft.__version__},
-        "seed": args.seed,
-        **run(**options),
-    }  # fmt: skip
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    typed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+    result = {**facts(f"python -m benchmarks.scale.thousand {typed}"), **run(**options)}
+    write_json(args.output, result)
     print(json.dumps(result, indent=1))
 
 
