@@ -1,11 +1,11 @@
 """How many tasks must be trained on: gain on unseen tasks of the world of language against the number of training tasks.
 
-    python -m benchmarks.unseen.curve --build build
+    python -m benchmarks.unseen.curve --build build              # three seeds; or some of them: --seeds 1 2
 
 `build` is that of examples/build_demo/build_demo_models.py, with the stages up to `language-shared`. Each generator begins with the same
 LoRA for all tasks and is trained for as many steps on tasks drawn at random; the kin of the unseen ones are held out, whichever are drawn.
 Each is scored as benchmarks/unseen/language.py does, from 8 excerpts. Sentences and excerpts are read once for all of them. Writes
-results/curve.json and .png after each.
+results/curve.json and .png after each; seeds that others measured stay there, each with how it was run.
 """
 
 from __future__ import annotations
@@ -50,6 +50,16 @@ class RememberingEncoder(JoinedEncoder):
         return torch.stack([self.known[argument, item] for item in items])
 
 
+def keep(seed: str, rows: dict[str, dict[str, float]]) -> None:
+    """Put one seed's points beside those of the others."""
+    file = RESULTS / "curve.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"runs": {}, "by seed": {}}
+    runs, gains = ({**known[part], seed: new} for part, new in (("runs", provenance()), ("by seed", rows)))
+    result = {"steps": STEPS, "unit": "gain over one LoRA for all (nats per token)", "runs": runs, "by seed": gains}
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot(gains, file.with_suffix(".png"))
+
+
 def plot(gains: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
     """Gain against the number of tasks: a line for each seed, and their mean."""
     from matplotlib import pyplot
@@ -73,7 +83,7 @@ def plot(gains: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--split", choices=("unseen", "choose"), default="unseen")
     parser.add_argument("--tasks", type=int, default=48, help="at most so many unseen ones")
     args = parser.parse_args()
@@ -81,8 +91,8 @@ def main() -> None:
     trained = language_tasks(args.build, "train")
     world = LanguageWorld(args.build, args.split, args.tasks)
     rival = {task.name: world.score(task, world.rival) for task in world.tasks}
-    gains: dict[str, dict[str, dict[str, float]]] = {}
-    for seed in range(args.seeds):
+    for seed in args.seeds:
+        rows: dict[str, dict[str, float]] = {}
         order = random.Random(seed).sample(trained, len(trained))
         for count in COUNTS:
             trainer = language_trainer(args.build, "curve", encoder, order[:count], max_steps=STEPS, seed=seed)
@@ -90,11 +100,9 @@ def main() -> None:
             world.generator = trainer.generator.eval()
             found = [rival[task.name] - world.score(task, world.sample(examples=world.pieces(task, 8)).clone()) for task in world.tasks]
             error = statistics.stdev(found) / len(found) ** 0.5
-            gains.setdefault(str(seed), {})[str(count)] = {"gain": round(statistics.mean(found), 4), "standard error": round(error, 4)}
-            print(json.dumps({"seed": seed, "training tasks": count, **gains[str(seed)][str(count)]}), flush=True)
-            result = {"run": provenance(), "steps": STEPS, "unit": "gain over one LoRA for all (nats per token)", "by seed": gains}
-            (RESULTS / "curve.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            plot(gains, RESULTS / "curve.png")
+            rows[str(count)] = {"gain": round(statistics.mean(found), 4), "standard error": round(error, 4)}
+            print(json.dumps({"seed": seed, "training tasks": count, **rows[str(count)]}), flush=True)
+            keep(str(seed), rows)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,13 @@ from transformers import AutoTokenizer
 from benchmarks.unseen.lora import flat, train_lora
 from benchmarks.unseen.results import Row, write
 from peft_icm import ICMGenerator
-from peft_icm.adapters import attach, load_base
+from peft_icm.adapters import load_base
+from peft_icm.adapters.per_sample import PerSampleLora
 from peft_icm.tasks.language_modeling import LanguageModelingTask, nll
 from peft_icm.training.conditions import excerpts
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "build_demo"))
+from demo_bundle import DEVICE
 from demo_language import split
 from demo_language_generator import language_tasks
 
@@ -49,25 +51,31 @@ class LanguageWorld:
         build (`Path`): With `language/`, `language_generator/`, `language_rival/` and `base_model/`.
         part (`str`): `"unseen"` or `"choose"`.
         count (`int`): At most so many tasks, from all groups of them.
+        generator (`str`, defaults to `"language_generator"`): Its folder in `build`.
+        rival (`str`, defaults to `"language_rival"`): The folder of one LoRA for all.
     """
 
-    def __init__(self, build: Path, part: str, count: int):
-        self.generator = ICMGenerator.from_pretrained(build / "language_generator")
+    def __init__(self, build: Path, part: str, count: int, generator: str = "language_generator", rival: str = "language_rival"):
+        self.generator: ICMGenerator = ICMGenerator.from_pretrained(build / generator).to(DEVICE)
         self.base_folder = str(build / "base_model")
         self.tokenizer = AutoTokenizer.from_pretrained(self.base_folder)
-        self.model: Any = load_base(self.generator.layout, self.base_folder, None)
+        self.model = self.base()
+        self.lora = PerSampleLora(self.model, self.generator.layout)
         tasks = language_tasks(build, part)
         self.tasks = tasks[:: -(-len(tasks) // count)]
         names = {name: group for group, members in split()[part].items() for name in members}
         self.groups = {task.name: names[task.name] for task in self.tasks}
         trained = language_tasks(build, "train")
         self.seen = random.Random(0).sample(trained, min(SEEN, count))
-        self.rival = self.generator.layout.flatten(load_file(build / "language_rival" / "adapter_model.safetensors"))
+        self.rival = self.generator.layout.flatten(load_file(build / rival / "adapter_model.safetensors"))
+
+    def base(self) -> Any:
+        """A base of one's own."""
+        return load_base(self.generator.layout, self.base_folder, None).to(DEVICE)  # type: ignore[arg-type]
 
     def score(self, task: LanguageModelingTask, vector: Tensor) -> float:
         """Nats per token of a task's held-out passages under an adapter `[P]`."""
-        layout = self.generator.layout
-        self.model = attach(self.model, layout, layout.unflatten(vector))
+        self.lora.use(vector[None].to(self.model.device))
         found = nll(self.model, self.tokenizer, task.test_texts[:PASSAGES], progress=False)
         return sum(found[1:], found[0]).nats_per_token
 
@@ -77,7 +85,7 @@ class LanguageWorld:
 
     def sample(self, **given: Any) -> Tensor:
         """The adapter `[P]` of a request, at z = 0."""
-        return self.generator.sample(self.generator.task_vector(**given), temperature=0.0)[0].detach()
+        return self.generator.sample(self.generator.task_vector(**given), temperature=0.0)[0].detach().cpu()
 
     def examples(self, task: LanguageModelingTask, count: int) -> Any:
         """So many blocks of a task's texts, from all over them, as the base takes them."""
@@ -89,7 +97,7 @@ def conditions(world: LanguageWorld) -> dict[str, Row]:
     """Gain over the rival by task, and by what was given."""
     rows: dict[str, Row] = {}
     generator = world.generator
-    shared = generator.sample(generator.no_condition, temperature=0.0)[0].detach()
+    shared = generator.sample(generator.no_condition, temperature=0.0)[0].detach().cpu()
     for kind, tasks in (("unseen", world.tasks), ("seen", world.seen)):
         for index, task in enumerate(tqdm(tasks, desc=kind)):
             text = task.descriptions[0]
@@ -115,7 +123,7 @@ def few(world: LanguageWorld) -> dict[str, Row]:
     for task in tqdm(world.tasks, desc="few examples"):
         pieces, examples = world.pieces(task, 8), world.examples(task, EXAMPLES)
         start = world.sample(examples=pieces)
-        adapted = generator.adapt(labelled=examples, base_model=load_base(generator.layout, world.base_folder, None), examples=pieces)
+        adapted = generator.adapt(labelled=examples, base_model=world.base(), examples=pieces)
         vectors = {"start": start, "adapt": flat(generator.layout, adapted)}
         for name, at in (("LoRA from scratch", None), ("start tuned freely", start), ("rival tuned freely", world.rival)):
             for rate in RATES:

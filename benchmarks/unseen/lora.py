@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-import nevergrad
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
@@ -36,7 +35,7 @@ def train_lora(layout: AdapterLayout, base: str, examples: Any, steps: int, rate
         arguments = TrainingArguments(
             output_dir=scratch, max_steps=steps, per_device_train_batch_size=min(16, len(examples)), learning_rate=rate,
             lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.0, max_grad_norm=1.0, save_strategy="no", logging_strategy="no",
-            report_to="none", disable_tqdm=True, seed=0, use_cpu=True,
+            report_to="none", disable_tqdm=True, seed=0,
         )  # fmt: skip
         Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collate).train()
     return flat(layout, model)
@@ -78,6 +77,8 @@ def mix(layout: AdapterLayout, base: str, examples: Any, pool: Tensor) -> Tensor
         base (`str`), examples (`Dataset`): See [`train_lora`].
         pool (`Tensor`): `[N, P]`, w.
     """
+    import nevergrad
+
     batches = [collate([examples[i] for i in range(at, min(at + 16, len(examples)))]) for at in range(0, len(examples), 16)]
     parameters = nevergrad.p.Array(init=[0.0] * len(pool), lower=-1.5, upper=1.5)
     parameters.random_state.seed(0)
@@ -99,4 +100,4 @@ def mix(layout: AdapterLayout, base: str, examples: Any, pool: Tensor) -> Tensor
 
 def flat(layout: AdapterLayout, model: PeftModel) -> Tensor:
     """The adapter of a model, `[P]`."""
-    return layout.flatten(get_peft_model_state_dict(model, save_embedding_layers=False)).detach()
+    return layout.flatten(get_peft_model_state_dict(model, save_embedding_layers=False)).detach().cpu()

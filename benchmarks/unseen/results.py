@@ -26,7 +26,7 @@ def provenance() -> dict[str, object]:
     return {
         "command": f"python -m {sys.modules['__main__'].__spec__.name.removesuffix('.__main__')} {' '.join(sys.argv[1:])}",
         "date": datetime.date.today().isoformat(),
-        "machine": f"{torch.get_num_threads()} threads",
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads",
         "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
     }
 

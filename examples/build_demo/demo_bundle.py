@@ -17,6 +17,7 @@ BUNDLED = Path(__file__).parents[2] / "src" / "peft_icm" / "bundled"
 EPOCHS = 1200
 PHRASINGS = 240  # of each task, round its own sentences
 TASK_PHRASINGS = 24  # the same, of the many tasks of `task_trainer`
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of what is trained through tasks; what is bundled was made on CPUs
 
 
 def train_generator(
@@ -54,9 +55,8 @@ def task_encoder(build: Path, folder: str, reads: str) -> JoinedEncoder:
         folder (`str`): The base's, in `build`.
         reads (`str`): `"images"` or `"examples"`.
     """
-    return JoinedEncoder(
-        {"text": ClipEncoder.from_pretrained(str(build / "encoder")), reads: StatisticsEncoder.from_pretrained(str(build / folder))}
-    )
+    text, read = ClipEncoder.from_pretrained(str(build / "encoder")), StatisticsEncoder.from_pretrained(str(build / folder))
+    return JoinedEncoder({"text": text, reads: read}).to(DEVICE)
 
 
 def task_trainer(
@@ -83,7 +83,7 @@ def task_trainer(
         condition_noise=0.3,
         phrasings=TASK_PHRASINGS,
         bf16=True,
-        use_cpu=True,
+        use_cpu=DEVICE == "cpu",
         eval_strategy=strategy,
         save_strategy=strategy,
         save_steps=settings.get("eval_steps", 500),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_bundle import task_encoder, task_trainer
+from demo_bundle import DEVICE, task_encoder, task_trainer
 from demo_language import split
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
@@ -64,7 +64,7 @@ class OfAllTasks(Dataset[dict[str, Tensor]]):
         return own[int(self.places[index] * len(own))]
 
 
-def shared_lora(build: Path, out: str, steps: int, seed: int, start: str | None = None) -> None:
+def shared_lora(build: Path, out: str, steps: int, seed: int, start: str | None = None, rate: float = SHARED_RATE) -> None:
     """One LoRA for all tasks, in the ordinary way; from scratch, or from another one."""
     base = AutoModelForCausalLM.from_pretrained(build / "base_model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(build / "base_model")
@@ -74,9 +74,9 @@ def shared_lora(build: Path, out: str, steps: int, seed: int, start: str | None 
     )
     blocks = [task.train_dataset(tokenizer, block_size=BLOCK) for task in language_tasks(build, "train")]
     args = TrainingArguments(
-        output_dir=str(build / f"{out}.work"), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=SHARED_RATE,
+        output_dir=str(build / f"{out}.work"), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=rate,
         lr_scheduler_type="cosine", warmup_steps=0.1, weight_decay=0.0, save_strategy="no", logging_steps=50, report_to="none",
-        bf16=True, use_cpu=True, seed=seed,
+        bf16=True, use_cpu=DEVICE == "cpu", seed=seed,
     )  # fmt: skip
     Trainer(model=model, args=args, train_dataset=OfAllTasks(blocks, steps * BATCH, seed)).train()
     model.save_pretrained(build / out)
@@ -105,10 +105,7 @@ def language_trainer(build: Path, out: str, encoder: JoinedEncoder, tasks: list[
         tasks,
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=32,
-        learning_rate=RATE,
-        warmup_steps=0.1,
-        dataset_kwargs={"block_size": BLOCK},
-        **settings,
+        **{"learning_rate": RATE, "warmup_steps": 0.1, "dataset_kwargs": {"block_size": BLOCK}} | settings,
     )
     shared = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(build / "base_model"), str(build / "language_shared"))
     start = trainer.generator.layout.flatten(get_peft_model_state_dict(shared, save_embedding_layers=False))
