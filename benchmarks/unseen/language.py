@@ -12,8 +12,11 @@ results/language_PART.json and .png.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import random
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +66,6 @@ class LanguageWorld:
         self.lora = PerSampleLora(self.model, self.generator.layout)
         tasks = language_tasks(build, part)
         self.tasks = tasks[:: -(-len(tasks) // count)]
-        names = {name: group for group, members in split()[part].items() for name in members}
-        self.groups = {task.name: names[task.name] for task in self.tasks}
         trained = language_tasks(build, "train")
         self.seen = random.Random(0).sample(trained, min(SEEN, count))
         self.rival = self.generator.layout.flatten(load_file(build / rival / "adapter_model.safetensors"))
@@ -93,13 +94,13 @@ class LanguageWorld:
         return [blocks[index] for index in random.Random(1).sample(range(len(blocks)), count)]
 
 
-def conditions(world: LanguageWorld) -> dict[str, Row]:
-    """Gain over the rival by task, and by what was given."""
+def conditions(world: LanguageWorld, share: slice) -> dict[str, Row]:
+    """Gain over the rival by task, and by what was given; of a share of the tasks."""
     rows: dict[str, Row] = {}
     generator = world.generator
     shared = generator.sample(generator.no_condition, temperature=0.0)[0].detach().cpu()
     for kind, tasks in (("unseen", world.tasks), ("seen", world.seen)):
-        for index, task in enumerate(tqdm(tasks, desc=kind)):
+        for index, task in tqdm(list(enumerate(tasks))[share], desc=kind):
             text = task.descriptions[0]
             wrong = world.pieces(tasks[(index + SHIFT) % len(tasks)], 8)
             adapters = {
@@ -116,11 +117,11 @@ def conditions(world: LanguageWorld) -> dict[str, Row]:
     return rows
 
 
-def few(world: LanguageWorld) -> dict[str, Row]:
-    """Gain over the rival by task, from 16 blocks of 128 tokens: `adapt` against what else can be done with them."""
+def few(world: LanguageWorld, share: slice) -> dict[str, Row]:
+    """Gain over the rival by task, from 16 blocks of 128 tokens: `adapt` against its rivals; of a share of the tasks."""
     rows: dict[str, Row] = {}
     generator = world.generator
-    for task in tqdm(world.tasks, desc="few examples"):
+    for task in tqdm(world.tasks[share], desc="few examples"):
         pieces, examples = world.pieces(task, 8), world.examples(task, EXAMPLES)
         start = world.sample(examples=pieces)
         adapted = generator.adapt(labelled=examples, base_model=world.base(), examples=pieces)
@@ -137,6 +138,31 @@ def few(world: LanguageWorld) -> dict[str, Row]:
 PARTS = {"conditions": conditions, "adapt": few}
 
 
+def rows_of_share(part: str, world: tuple[Any, ...], share: slice) -> dict[str, Row]:
+    """The rows of one process, in a [`LanguageWorld`] of these arguments that it makes for itself."""
+    return PARTS[part](LanguageWorld(*world), share)
+
+
+def measure(part: str, name: str, processes: int, *world: Any) -> None:
+    """Measure one of PARTS, each process a share of the tasks, and write it.
+
+    Args:
+        part (`str`): Of PARTS.
+        name (`str`): Of the results.
+        processes (`int`): How many; one GPU serves several.
+        *world: For [`LanguageWorld`].
+    """
+    shares = [slice(index, None, processes) for index in range(processes)]
+    rows: dict[str, Row] = {}
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(partial(rows_of_share, part, world), shares):
+            rows |= found
+    for group, names in split()[world[1]].items():
+        for task in rows.keys() & names:
+            rows[task]["what is new"] = group
+    write(name, rows, "gain over one LoRA for all (nats per token)", RIVAL)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
@@ -144,12 +170,9 @@ def main() -> None:
     parser.add_argument("--split", choices=("unseen", "choose"), default="unseen")
     parser.add_argument("--tasks", type=int, default=48, help="at most so many")
     parser.add_argument("--name", help="of the results; by default language_PART")
+    parser.add_argument("--processes", type=int, default=1, help="that share the tasks")
     args = parser.parse_args()
-    world = LanguageWorld(args.build, args.split, args.tasks)
-    rows = PARTS[args.part](world)
-    for name, group in world.groups.items():
-        rows[name]["what is new"] = group
-    write(args.name or f"language_{args.part}", rows, "gain over one LoRA for all (nats per token)", RIVAL)
+    measure(args.part, args.name or f"language_{args.part}", args.processes, args.build, args.split, args.tasks)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from benchmarks.unseen.language import RIVAL, LanguageWorld, conditions
-from benchmarks.unseen.results import RESULTS, provenance, write
+from benchmarks.unseen.language import LanguageWorld, measure
+from benchmarks.unseen.results import RESULTS, provenance
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "build_demo"))
 from demo_bundle import task_encoder
@@ -59,16 +59,6 @@ def choose(build: Path, count: int) -> None:
     print(json.dumps(document, indent=1))
 
 
-def measure(build: Path, count: int) -> None:
-    """What [`conditions`] measures, of the rates that were chosen."""
-    best = json.loads(CHOICE.read_text(encoding="utf-8"))["best"]
-    world = LanguageWorld(build, "unseen", count, best["generator"], best["rival"])
-    rows = conditions(world)
-    for name, group in world.groups.items():
-        rows[name]["what is new"] = group
-    write("smollm2_conditions", rows, "gain over one LoRA for all (nats per token)", RIVAL)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("shared", "rival", "generator", "choose", "conditions"))
@@ -76,6 +66,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="of a rival or a generator")
     parser.add_argument("--steps", type=int, default=STEPS, help="of a rival or a generator; of the shared LoRA half as many")
     parser.add_argument("--tasks", type=int, default=48, help="at most so many to measure on")
+    parser.add_argument("--processes", type=int, default=1, help="of conditions, that share the tasks")
     args = parser.parse_args()
     if args.part == "shared":
         shared_lora(args.build, "language_shared", args.steps * SHARED_STEPS // STEPS, seed=0, rate=SHARED_RATE)
@@ -83,8 +74,12 @@ def main() -> None:
         shared_lora(args.build, f"rival_{args.rate:g}", args.steps, seed=1, start="language_shared", rate=args.rate)
     elif args.part == "generator":
         train_generator(args.build, args.steps, args.rate)
+    elif args.part == "choose":
+        choose(args.build, args.tasks)
     else:
-        (choose if args.part == "choose" else measure)(args.build, args.tasks)
+        best = json.loads(CHOICE.read_text(encoding="utf-8"))["best"]
+        world = (args.build, "unseen", args.tasks, best["generator"], best["rival"])
+        measure("conditions", "smollm2_conditions", args.processes, *world)
 
 
 if __name__ == "__main__":
