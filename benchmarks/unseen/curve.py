@@ -1,11 +1,11 @@
 """How many tasks must be trained on: gain on unseen tasks of the world of language against the number of training tasks.
 
-    python -m benchmarks.unseen.curve --build build              # three seeds; or some of them: --seeds 1 2
+    python -m benchmarks.unseen.curve --build build              # three seeds; or some of it: --seeds 1 2 --counts 10 475
 
 `build` is that of examples/build_demo/build_demo_models.py, with the stages up to `language-shared`. Each generator begins with the same
 LoRA for all tasks and is trained for as many steps on tasks drawn at random; the kin of the unseen ones are held out, whichever are drawn.
 Each is scored as benchmarks/unseen/language.py does, from 8 excerpts. Sentences and excerpts are read once for all of them. Writes
-results/curve.json and .png after each; seeds that others measured stay there, each with how it was run.
+results/curve.json and .png after each; what was measured before stays there, with how it was run.
 """
 
 from __future__ import annotations
@@ -51,10 +51,12 @@ class RememberingEncoder(JoinedEncoder):
 
 
 def keep(seed: str, rows: dict[str, dict[str, float]]) -> None:
-    """Put one seed's points beside those of the others."""
+    """Put one seed's points beside what is there."""
     file = RESULTS / "curve.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"runs": {}, "by seed": {}}
-    runs, gains = ({**known[part], seed: new} for part, new in (("runs", provenance()), ("by seed", rows)))
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"runs": [], "by seed": {}}
+    runs = [*(run for run in known["runs"] if run != provenance()), provenance()]
+    points = known["by seed"].get(seed, {}) | rows
+    gains = known["by seed"] | {seed: {count: points[count] for count in map(str, COUNTS) if count in points}}
     result = {"steps": STEPS, "unit": "gain over one LoRA for all (nats per token)", "runs": runs, "by seed": gains}
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     plot(gains, file.with_suffix(".png"))
@@ -84,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--counts", type=int, nargs="+", choices=COUNTS, default=list(COUNTS), help="of training tasks")
     parser.add_argument("--split", choices=("unseen", "choose"), default="unseen")
     parser.add_argument("--tasks", type=int, default=48, help="at most so many unseen ones")
     args = parser.parse_args()
@@ -94,7 +97,7 @@ def main() -> None:
     for seed in args.seeds:
         rows: dict[str, dict[str, float]] = {}
         order = random.Random(seed).sample(trained, len(trained))
-        for count in COUNTS:
+        for count in args.counts:
             trainer = language_trainer(args.build, "curve", encoder, order[:count], max_steps=STEPS, seed=seed)
             trainer.train()
             world.generator = trainer.generator.eval()
