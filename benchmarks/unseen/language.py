@@ -1,6 +1,8 @@
 """Adapters for texts that nothing was trained on: the world of language, in nats per token of held-out passages.
 
     python -m benchmarks.unseen.language --build build conditions   # from a sentence, 1 and 8 excerpts, both, another task's, none
+    python -m benchmarks.unseen.language --build build rivals       # the nearest trained task's adapter, the mean of the nearest four's
+    python -m benchmarks.unseen.language --build build own          # LoRAs of their own, from 64 and 1,000 blocks
     python -m benchmarks.unseen.language --build build adapt        # 16 excerpts: adapt, LoRA from scratch, both starts tuned freely
 
 `build` is that of examples/build_demo/build_demo_models.py, with the stages up to `language-generator`; `--split choose` takes the tasks
@@ -42,6 +44,7 @@ from demo_language_generator import language_tasks
 EXCERPTS = (1, 8)
 EXAMPLES, BLOCK, STEPS = 16, 128, 120  # of `adapt` and its rivals
 RATES = (1e-3, 3e-3)
+OWN = ((64, 120), (1000, 400))  # blocks and steps of a LoRA of its own
 SEEN, PASSAGES = 8, 3  # trained tasks, for comparison; held-out passages of each task, of 2,000 characters at the most
 RIVAL = "rival (nats per token)"  # the others are gains over it
 SHIFT = 7  # whose excerpts are the wrong ones
@@ -67,7 +70,7 @@ class LanguageWorld:
         tasks = language_tasks(build, part)
         self.tasks = tasks[:: -(-len(tasks) // count)]
         trained = language_tasks(build, "train")
-        self.seen = random.Random(0).sample(trained, min(SEEN, count))
+        self.trained, self.seen = trained, random.Random(0).sample(trained, min(SEEN, count))
         self.rival = self.generator.layout.flatten(load_file(build / rival / "adapter_model.safetensors"))
 
     def base(self) -> Any:
@@ -91,7 +94,7 @@ class LanguageWorld:
     def examples(self, task: LanguageModelingTask, count: int) -> Any:
         """So many blocks of a task's texts, from all over them, as the base takes them."""
         blocks = task.train_dataset(self.tokenizer, block_size=BLOCK)
-        return [blocks[index] for index in random.Random(1).sample(range(len(blocks)), count)]
+        return [blocks[index] for index in random.Random(1).sample(range(len(blocks)), min(count, len(blocks)))]
 
 
 def conditions(world: LanguageWorld, share: slice) -> dict[str, Row]:
@@ -117,6 +120,46 @@ def conditions(world: LanguageWorld, share: slice) -> dict[str, Row]:
     return rows
 
 
+def rivals(world: LanguageWorld, share: slice) -> dict[str, Row]:
+    """Gain over the rival by task, of what could stand in the generator's place; the nearest are those of all tasks trained on."""
+    generator = world.generator
+
+    def vector(task: LanguageModelingTask) -> Tensor:
+        return generator.task_vector(examples=world.pieces(task, 8))
+
+    known = torch.stack([vector(task) for task in tqdm(world.trained, desc="trained tasks")])
+    rows: dict[str, Row] = {}
+    for task in tqdm(world.tasks[share], desc="rivals"):
+        here, there = (generator.normalize_condition(each) for each in (vector(task)[None], known))
+        near = torch.cosine_similarity(here, there).topk(4).indices.tolist()
+        adapters = torch.stack([generator.sample(known[index], temperature=0.0)[0].detach().cpu() for index in near])
+        rival = world.score(task, world.rival)
+        given = {
+            "8 excerpts": world.sample(examples=world.pieces(task, 8)),
+            "nearest trained task": adapters[0],
+            "mean of the 4 nearest": adapters.mean(0),
+        }
+        gains = {name: rival - world.score(task, adapter) for name, adapter in given.items()}
+        rows[task.name] = {"kind": "unseen", "nearest": world.trained[near[0]].name, **gains}
+    return rows
+
+
+def own(world: LanguageWorld, share: slice) -> dict[str, Row]:
+    """Gain over the rival by task, of LoRAs trained on the task's own texts, by recipe."""
+    rows: dict[str, Row] = {}
+    for task in tqdm(world.tasks[share], desc="own LoRAs"):
+        vectors = {"8 excerpts": world.sample(examples=world.pieces(task, 8))}
+        for count, steps in OWN:
+            blocks = world.examples(task, count)
+            for rate in RATES:
+                vectors[f"{count} blocks, {steps} steps at {rate:g}"] = train_lora(
+                    world.generator.layout, world.base_folder, blocks, steps, rate
+                )
+        rival = world.score(task, world.rival)
+        rows[task.name] = {"kind": "unseen", **{name: rival - world.score(task, vector) for name, vector in vectors.items()}}
+    return rows
+
+
 def few(world: LanguageWorld, share: slice) -> dict[str, Row]:
     """Gain over the rival by task, from 16 blocks of 128 tokens: `adapt` against its rivals; of a share of the tasks."""
     rows: dict[str, Row] = {}
@@ -135,7 +178,7 @@ def few(world: LanguageWorld, share: slice) -> dict[str, Row]:
     return rows
 
 
-PARTS = {"conditions": conditions, "adapt": few}
+PARTS = {"conditions": conditions, "rivals": rivals, "own": own, "adapt": few}
 
 
 def rows_of_share(part: str, world: tuple[Any, ...], share: slice) -> dict[str, Row]:
