@@ -126,7 +126,8 @@ def conditions(world: World, seeds: int) -> dict[str, Row]:
 def rivals(world: World, seeds: int) -> dict[str, Row]:
     """AP50 by class of what could stand in the generator's place."""
     generator = world.generator
-    known = {noun: generator.task_vector(images=world.pictures(noun, 8, 1)) for noun in world.classes["seen"]}
+    trained = [str(task["name"]) for task in generator.config.tasks or []]
+    known = torch.stack([generator.task_vector(images=world.pictures(noun, 8, 1)) for noun in tqdm(trained, desc="trained classes")])
     nouns = world.classes["unseen"]
     rows: dict[str, Row] = {}
     own = {noun: world.sample(images=world.pictures(noun, 8)) for noun in nouns}
@@ -140,14 +141,12 @@ def rivals(world: World, seeds: int) -> dict[str, Row]:
         row["random condition"] = world.score(
             noun, generator.sample(wild + generator.statistics.condition_mean, temperature=0.0)[0].detach()
         )
-        if known:
-            here = generator.normalize_condition(generator.task_vector(images=world.pictures(noun, 8))[None])
-            there = generator.normalize_condition(torch.stack(list(known.values())))
-            near = torch.cosine_similarity(here, there).argsort(descending=True)
-            adapters = [generator.sample(list(known.values())[i], temperature=0.0)[0].detach() for i in near[:4]]
-            row["nearest tested class"] = world.score(noun, adapters[0])
-            row["soup of the 4 nearest"] = world.score(noun, torch.stack(adapters).mean(0))
-        rows[noun] = row
+        here = generator.normalize_condition(generator.task_vector(images=world.pictures(noun, 8))[None])
+        near = torch.cosine_similarity(here, generator.normalize_condition(known)).topk(4).indices.tolist()
+        adapters = torch.stack([generator.sample(known[index], temperature=0.0)[0].detach() for index in near])
+        row["nearest trained class"] = world.score(noun, adapters[0])
+        row["soup of the 4 nearest"] = world.score(noun, adapters.mean(0))
+        rows[noun] = {"nearest": trained[near[0]], **row}
     return rows
 
 
