@@ -9,6 +9,7 @@ import sys
 import time
 from functools import partial
 
+import datasets
 import pytest
 import torch
 from filelock import FileLock
@@ -31,6 +32,13 @@ def lora(**kwargs):
 
 def tasks(names=("sonnet", "novel", "genesis")):
     return [LanguageModelingTask(name, [f"about {name}"], [text], []) for name, text in zip(names, TEXTS, strict=False)]
+
+
+class Streaming(LanguageModelingTask):
+    """Its examples come one after the other, as from the Hub with `streaming=True`."""
+
+    def train_dataset(self, *args, **kwargs):
+        return datasets.Dataset.from_list([*super().train_dataset(*args, **kwargs)]).with_format("torch").to_iterable_dataset()
 
 
 def arguments(folder, **kwargs):
@@ -234,6 +242,11 @@ class TestBeforeAnythingIsTrained:
         with pytest.raises(ValueError, match="leads out of"):
             collect(base, tasks()[:1], lora(), arguments(tmp_path / "work"))
         assert (tmp_path / "mine" / "photo").exists()
+
+    def test_examples_without_numbers(self, base, tmp_path):
+        with pytest.raises(ValueError, match=r"task 'endless' returns a stream \(IterableDataset\), .*return a map-style data set"):
+            collect(base, [Streaming("endless", ["about it"], [TEXTS[0]], [])], lora(), arguments(tmp_path / "work"))
+        assert not list(tmp_path.rglob("*.safetensors"))
 
     @pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
     def test_a_lora_without_a_layout(self, base, tmp_path, options):
