@@ -20,7 +20,7 @@ from transformers import BertConfig, Florence2Config, LlamaConfig, T5Config
 
 from peft_icm import AdapterCollection, CollectingArguments, collect
 from peft_icm.adapters.base import base_class
-from peft_icm.collecting import gather
+from peft_icm.collecting import collector, gather
 from peft_icm.tasks.language_modeling import LanguageModelingTask
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -94,6 +94,15 @@ def test_what_0_1_0_had_is_read_with_a_warning(tmp_path):
     with pytest.warns(FutureWarning):
         args = arguments(tmp_path, num_workers=2)
     assert args.launcher == "ray" and (os.cpu_count() or 1) <= 2 * args.cpus_per_task < (os.cpu_count() or 1) + 2
+
+
+def test_each_file_of_an_epoch_is_read_once_until_it_is_saved(collected, tmp_path, monkeypatch):
+    collection, folder = collected
+    read = []
+    monkeypatch.setattr(collector, "read_snapshot", lambda file: read.append(file) or load_file(file))
+    gather(folder, tasks()).save_pretrained(tmp_path / "c")
+    assert sorted(read) == sorted(folder.glob("*/epoch-*.safetensors")) and len(read) == 6
+    assert same(collection, AdapterCollection.from_pretrained(tmp_path / "c"))
 
 
 def test_finished_tasks_are_skipped_and_unfinished_ones_done_again(base, collected, tmp_path):

@@ -7,7 +7,7 @@ Random snapshots in bf16 of real layouts, made from configurations on the meta d
 thread. Its time is the least of several turns, its peak that of the resident set, files that are mapped among it, beyond what the process
 had at first:
 
-- gather: a collection is made of what tasks hand over, and saved, to the disk itself
+- gather: the work folder of `collect` becomes a collection, and is saved, to the disk itself
 - fit: the collection is opened, statistics and subspace are estimated
 - step: one step of training, at the default batch of 36 snapshots
 - load: `from_pretrained` of a generator in bf16, its hash checked
@@ -66,7 +66,7 @@ def curve(cases: list[Case], along: str, bar: Any) -> list[dict[str, Any]]:
         case.folder.mkdir(parents=True)
         for stage in STAGES:
             bar.set_postfix_str(f"{stage}: {case}")
-            bytes_wanted = 2 * {"gather": case.collection_bytes, "make": case.generator_bytes}.get(stage, case.layout.num_bytes)
+            bytes_wanted = {"gather": 3 * case.collection_bytes, "make": 2 * case.generator_bytes}.get(stage, 2 * case.layout.num_bytes)
             free = shutil.disk_usage(case.folder).free
             if stage in ended:
                 found = {"left_out": f"as before, {ended[stage]}"}

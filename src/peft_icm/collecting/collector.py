@@ -30,7 +30,7 @@ from ..remote import is_url
 from ..tasks.fields import strings
 from ..tasks.language_modeling import context_size
 from .arguments import CollectingArguments, Task
-from .folder import DONE, JOBS, LOCKS, check_finished, locked, read_json, read_snapshot, snapshot_files, task_lock
+from .folder import DONE, JOBS, LOCKS, check_finished, check_snapshot, locked, read_json, read_snapshot, snapshot_files, task_lock
 from .recipe import RECIPE, check_recipe, collecting_recipe, data_sha256, write_recipe
 from .remote import bring, send_file, working_folder
 from .work import work
@@ -145,7 +145,7 @@ def gather(folder: str | Path, tasks: Sequence[Task]) -> AdapterCollection:
         [`AdapterCollection`]: Save it, before the folder is deleted: what is saved is read in fewer pieces.
 
     Raises:
-        `ValueError`: If a task is not finished, or two have different layouts.
+        `ValueError`: If a task is not finished or has a snapshot lost or cut short, or two have different layouts.
     """
     root = Path(folder)
     recipe = read_json(root / RECIPE)
@@ -160,9 +160,11 @@ def gather(folder: str | Path, tasks: Sequence[Task]) -> AdapterCollection:
         if own.fingerprint != layout.fingerprint:
             raise ValueError(f"Task {task.name!r} has another layout: {layout.difference(own)}.")
         folders[task.name] = inside(root, task.name)
-        found, wanted = len(snapshot_files(folders[task.name])), recipe["num_snapshots"]
-        if found != wanted:
-            raise ValueError(f"Task {task.name!r} has {found} snapshots in {root}, its recipe {wanted}: run collect again.")
+        files, wanted = snapshot_files(folders[task.name]), recipe["num_snapshots"]
+        if len(files) != wanted:
+            raise ValueError(f"Task {task.name!r} has {len(files)} snapshots in {root}, its recipe {wanted}: run collect again.")
+        for file in files:
+            check_snapshot(file)
         losses[task.name] = done["train_loss"]
     assert layout is not None
     metadata = {
