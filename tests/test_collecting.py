@@ -85,15 +85,21 @@ def test_the_metadata_tells_how(collected, base):
     assert collected[0].layout.base_model_name_or_path == str(base)
 
 
-def test_what_0_1_0_had_is_read_with_a_warning(tmp_path):
+def test_what_0_1_0_had_is_read_with_a_warning(tmp_path, monkeypatch):
     with pytest.warns(FutureWarning, match="shard is deprecated and goes in 0.3.0: processes that are started on one folder") as caught:
         assert arguments(tmp_path, shard="1/2").launcher == "local"
     assert caught[0].filename == __file__
     with pytest.warns(FutureWarning, match="num_workers is deprecated and goes in 0.3.0: write launcher='ray'"):
         assert arguments(tmp_path, num_workers=1).launcher == "local"
+    for cores, each in ((1, 1), (min(2, os.cpu_count() or 1), 1)):  # as a container's quota does
+        monkeypatch.setenv("LOKY_MAX_CPU_COUNT", str(cores))
+        with pytest.warns(FutureWarning):
+            args = arguments(tmp_path, num_workers=2)
+        assert args.launcher == "ray" and args.cpus_per_task == each
+    monkeypatch.delenv("LOKY_MAX_CPU_COUNT")
     with pytest.warns(FutureWarning):
         args = arguments(tmp_path, num_workers=2)
-    assert args.launcher == "ray" and (os.cpu_count() or 1) <= 2 * args.cpus_per_task < (os.cpu_count() or 1) + 2
+    assert args.cpus_per_task == -(-len(os.sched_getaffinity(0)) // 2)
 
 
 def test_each_file_of_an_epoch_is_read_once_until_it_is_saved(collected, tmp_path, monkeypatch):

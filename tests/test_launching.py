@@ -140,6 +140,14 @@ def test_here_items_are_taken_one_after_the_other():
 
 
 @needs("ray")
+@pytest.mark.slow
+def test_ray_has_the_cores_that_this_process_may_use(monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # as a container's quota or an affinity
+    with pytest.raises(ValueError, match="No node of the Ray cluster has 2 CPUs and 0 GPUs"):
+        dict(launch(iter, ["a"], [1], LaunchArguments(launcher="ray", cpus_per_task=2)))
+
+
+@needs("ray")
 @pytest.mark.parametrize("address", ["head", "head:", "ray://head", ":6379", "head:port"])
 def test_an_address_without_a_host_or_a_port(address, monkeypatch):
     with pytest.raises(ValueError, match=f"'{address}', must be host:port, such as head:6379"):

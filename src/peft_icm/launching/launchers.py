@@ -162,12 +162,16 @@ def _work_in(folder: str, work: Work[Item, Result], item: Item) -> Result:
 
 def _start_ray(args: LaunchArguments) -> None:
     import ray
+    from joblib import cpu_count
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # by default a task that is out of memory is started again for ever
     before = signal.getsignal(signal.SIGTERM)
+    address = args.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+    # Ray itself counts the cores of the machine or, in a container, its quota; an affinity, such as a job's of SLURM, it does not see.
+    here = {"num_cpus": cpu_count()} if address == "local" else {}
     # What tasks print stays in Ray's logs: stdout is the caller's.
-    ray.init(args.ray_address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, **here)
     if callable(before) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)  # Ray puts its own in the place of a program's
 
