@@ -30,6 +30,7 @@ HANDFUL = 4  # pictures that one adapter is generated from
 _DIGITS = 4
 
 Score = TypeVar("Score")
+_Item = tuple[Any, dict[str, list[tuple[dict[str, Any], int]]], Tensor]  # a task, its `conditions`, and its own LoRA
 
 
 def share_of(gain: float, own: float) -> float | None:
@@ -227,13 +228,16 @@ class Report(ABC, Generic[Score]):
         start = time.perf_counter()
         seen = HANDFUL * len(seeds) if "images" in generator.encoder.accepts else 0
         half = max(1, len(tasks) // 2)
-        others = [*tasks[half:], *tasks[:half]]
-        # Each own LoRA alone: what is pickled of a row is all that it is a row of.
-        work_on = ((task, other, cls.pictures(task, seen), own[task.name].clone()) for task, other in zip(tasks, others, strict=True))
-        work = partial(cls._rows, generator, processor, tasks[0].descriptions[0], variants, seeds, launching, options)
+
+        def item(task: Any, other: Any) -> _Item:
+            asked = conditions(task, other, cls.pictures(task, seen), seeds)
+            # Its own LoRA alone: what is pickled of a row is all that it is a row of.
+            return task, {name: asked[name] for name in asked if name in variants and asked[name]}, own[task.name].clone()
+
+        work = partial(cls._rows, generator, processor, tasks[0].descriptions[0], launching, options)
         names, by_name = [task.name for task in tasks], {task.name: task for task in tasks}
         scores: dict[str, dict[str, Score]] = {}
-        with closing(launch(work, names, work_on, launching)) as scored:
+        with closing(launch(work, names, map(item, tasks, [*tasks[half:], *tasks[:half]]), launching)) as scored:
             for name, row in tqdm(scored, desc="evaluating", total=len(tasks), unit="task", disable=not progress):
                 scores[name] = row
                 if each:
@@ -246,28 +250,25 @@ class Report(ABC, Generic[Score]):
         generator: ICMGenerator,
         processor: Any,
         text: str,
-        variants: Sequence[str],
-        seeds: Sequence[int],
         launching: LaunchArguments,
         options: Mapping[str, Any],
-        items: Iterable[tuple[Any, Any, Sequence[Any], Tensor]],
+        items: Iterable[_Item],
     ) -> Iterator[dict[str, Score]]:
         """The scores of each task, by column."""
         layout, model = generator.layout, model_to_score(generator, text, launching)
-        for task, other, pictures, own in items:
+        for task, asked, own in items:
             with model.disable_adapter():
                 row = {"base": cls.score(model, processor, task, **options)}
             attach(model, layout, layout.unflatten(own.to(layout.torch_dtype)))
             row["own"] = cls.score(model, processor, task, **options)
-            for name, asked in conditions(task, other, pictures, seeds).items():
-                if name in variants and asked:
-                    parts = []
-                    for condition, seed in asked:
-                        with warnings.catch_warnings():
-                            warnings.simplefilter("ignore", UnknownTaskWarning)  # gibberish is asked for on purpose
-                            generator.generate_adapter(**condition, base_model=model, generator=torch.Generator().manual_seed(seed))
-                        parts.append(cls.score(model, processor, task, **options))
-                    row[name] = cls.pool(parts)
+            for name, requests in asked.items():
+                parts = []
+                for condition, seed in requests:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", UnknownTaskWarning)  # gibberish is asked for on purpose
+                        generator.generate_adapter(**condition, base_model=model, generator=torch.Generator().manual_seed(seed))
+                    parts.append(cls.score(model, processor, task, **options))
+                row[name] = cls.pool(parts)
             yield row
 
 
