@@ -30,10 +30,26 @@ def through_a_sharded_base(folder, batch):
     return built
 
 
+def recorded(dataset, keys):
+    """The same data set, which notes what is asked of it."""
+
+    class Recorded(type(dataset)):
+        def __getitem__(self, key):
+            keys.append(key)
+            return super().__getitem__(key)
+
+    dataset.__class__ = Recorded
+
+
 def main():
     folder, batch, objective = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     trainer = {"reconstruction": by_reconstruction, "task": through_tasks, "sharded": through_a_sharded_base}[objective](folder, batch)
+    keys = []
+    recorded(trainer.train_dataset, keys)
     trainer.train()
+    (folder / f"read-{trainer.args.process_index}.json").write_text(json.dumps(keys))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         result = {"losses": losses, "processes": trainer.args.world_size, "eval": trainer.generator.config.training["metrics"]}

@@ -42,6 +42,11 @@ class TestWrong:
             (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--base-model", "BASE"], "expected"),
             (["collect", "BASE", "--tasks", "EMPTY", "-o", "OUT"], "needs a tasks.json"),
             (["collect", "BASE", "--tasks", "TASKS", "-o", "OUT", "--rank", "0"], "rank"),
+            (["push", "COLLECTION", "org/x", "--launcher", "ray"], "--launcher ray is where --with-report is made"),
+            (
+                ["evaluate", "bundled:text", "--tasks", "EMPTY", "--collection", "COLLECTION", "--slurm-time", "0"],
+                "slurm_time=0 must be at",
+            ),
             (["collect", "BASE", "--tasks", "TASKS", "-o", "OUT", "--ray-address", "h:1"], "ray_address='h:1' goes with launcher='ray'"),
             (["train", "EMPTY", "-o", "OUT"], "no adapter collection"),
             (

@@ -9,6 +9,7 @@ import sys
 import time
 from functools import partial
 
+import datasets
 import pytest
 import torch
 from filelock import FileLock
@@ -19,7 +20,7 @@ from transformers import BertConfig, Florence2Config, LlamaConfig, T5Config
 
 from peft_icm import AdapterCollection, CollectingArguments, collect
 from peft_icm.adapters.base import base_class
-from peft_icm.collecting import gather
+from peft_icm.collecting import collector, gather
 from peft_icm.tasks.language_modeling import LanguageModelingTask
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -31,6 +32,13 @@ def lora(**kwargs):
 
 def tasks(names=("sonnet", "novel", "genesis")):
     return [LanguageModelingTask(name, [f"about {name}"], [text], []) for name, text in zip(names, TEXTS, strict=False)]
+
+
+class Streaming(LanguageModelingTask):
+    """Its examples come one after the other, as from the Hub with `streaming=True`."""
+
+    def train_dataset(self, *args, **kwargs):
+        return datasets.Dataset.from_list([*super().train_dataset(*args, **kwargs)]).with_format("torch").to_iterable_dataset()
 
 
 def arguments(folder, **kwargs):
@@ -77,15 +85,30 @@ def test_the_metadata_tells_how(collected, base):
     assert collected[0].layout.base_model_name_or_path == str(base)
 
 
-def test_what_0_1_0_had_is_read_with_a_warning(tmp_path):
+def test_what_0_1_0_had_is_read_with_a_warning(tmp_path, monkeypatch):
     with pytest.warns(FutureWarning, match="shard is deprecated and goes in 0.3.0: processes that are started on one folder") as caught:
         assert arguments(tmp_path, shard="1/2").launcher == "local"
     assert caught[0].filename == __file__
     with pytest.warns(FutureWarning, match="num_workers is deprecated and goes in 0.3.0: write launcher='ray'"):
         assert arguments(tmp_path, num_workers=1).launcher == "local"
+    for cores, each in ((1, 1), (min(2, os.cpu_count() or 1), 1)):  # as a container's quota does
+        monkeypatch.setenv("LOKY_MAX_CPU_COUNT", str(cores))
+        with pytest.warns(FutureWarning):
+            args = arguments(tmp_path, num_workers=2)
+        assert args.launcher == "ray" and args.cpus_per_task == each
+    monkeypatch.delenv("LOKY_MAX_CPU_COUNT")
     with pytest.warns(FutureWarning):
         args = arguments(tmp_path, num_workers=2)
-    assert args.launcher == "ray" and (os.cpu_count() or 1) <= 2 * args.cpus_per_task < (os.cpu_count() or 1) + 2
+    assert args.cpus_per_task == -(-len(os.sched_getaffinity(0)) // 2)
+
+
+def test_each_file_of_an_epoch_is_read_once_until_it_is_saved(collected, tmp_path, monkeypatch):
+    collection, folder = collected
+    read = []
+    monkeypatch.setattr(collector, "read_snapshot", lambda file: read.append(file) or load_file(file))
+    gather(folder, tasks()).save_pretrained(tmp_path / "c")
+    assert sorted(read) == sorted(folder.glob("*/epoch-*.safetensors")) and len(read) == 6
+    assert same(collection, AdapterCollection.from_pretrained(tmp_path / "c"))
 
 
 def test_finished_tasks_are_skipped_and_unfinished_ones_done_again(base, collected, tmp_path):
@@ -234,6 +257,11 @@ class TestBeforeAnythingIsTrained:
         with pytest.raises(ValueError, match="leads out of"):
             collect(base, tasks()[:1], lora(), arguments(tmp_path / "work"))
         assert (tmp_path / "mine" / "photo").exists()
+
+    def test_examples_without_numbers(self, base, tmp_path):
+        with pytest.raises(ValueError, match=r"task 'endless' returns a stream \(IterableDataset\), .*return a map-style data set"):
+            collect(base, [Streaming("endless", ["about it"], [TEXTS[0]], [])], lora(), arguments(tmp_path / "work"))
+        assert not list(tmp_path.rglob("*.safetensors"))
 
     @pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
     def test_a_lora_without_a_layout(self, base, tmp_path, options):

@@ -198,7 +198,7 @@ class TestOtherProcesses:
         work_folder = tmp_path / "work"
         shutil.copytree(collected, work_folder)
         before = (work_folder / "sonnet" / "done.json").stat().st_mtime_ns
-        work(str(base), tasks()[:1], lora(), arguments(work_folder), {"sonnet": "0"})
+        list(work(str(base), tasks()[:1], lora(), arguments(work_folder), {"sonnet": "0"}))
         assert (work_folder / "sonnet" / "done.json").stat().st_mtime_ns == before
 
 

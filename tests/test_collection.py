@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -160,9 +161,13 @@ def test_a_value_that_is_not_finite_is_named(collection, value):
         AdapterCollection(collection.layout, snapshots, collection.descriptions)
 
 
-def test_a_wrong_width_is_refused(collection):
+def test_a_wrong_width_is_refused(collection, tmp_path):
     with pytest.raises(ValueError, match="expected snapshots of shape"):
         AdapterCollection(collection.layout, {"cats": torch.zeros(3, 7)}, {})
+    lazy = AdapterCollection(collection.layout, MappingProxyType({"cats": torch.zeros(3, 7)}), {})
+    with pytest.raises(ValueError, match="expected snapshots of shape"):
+        lazy.save_pretrained(tmp_path / "c")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="at least one task"):
         AdapterCollection(collection.layout, {}, {})
 

@@ -13,9 +13,10 @@ from command_line import run
 from huggingface_hub import HfApi
 from test_collecting import arguments, lora, same, tasks
 from test_collecting_again import own_base
-from tiny import CONDITION_DIM, generator
+from tiny import CONDITION_DIM, generator, llama_lora
 
-from peft_icm import AdapterCollection, ICMGenerator, collect, remote
+from peft_icm import AdapterCollection, AdapterLayout, ICMGenerator, collect, remote, save_adapter
+from peft_icm.adapters.layout import ADAPTER_FILES
 from peft_icm.collecting import remote as collecting_remote
 from peft_icm.conditioning import load_task_encoder
 
@@ -112,6 +113,21 @@ def test_a_generator_at_a_url_is_a_folder_like_any_other(tmp_path):
     with pytest.raises(OSError, match="memory:/+h is a URL, and this is written into folders"):
         found.save_pretrained("memory://h")
     fsspec.filesystem("memory").rm("/", recursive=True)
+
+
+def test_of_an_adapter_at_a_url_only_its_own_files_are_copied(place, tmp_path):
+    model = llama_lora()
+    save_adapter(model, tmp_path / "a")
+    (tmp_path / "a" / "checkpoint-1").mkdir()
+    for name in ("optimizer.pt", "checkpoint-1/optimizer.pt"):
+        (tmp_path / "a" / name).write_text("large")
+    remote.upload(tmp_path / "a", f"{place}/a", last="adapter_config.json")
+    assert AdapterLayout.from_pretrained(f"{place}/a").fingerprint == AdapterLayout.from_peft_model(model).fingerprint
+    copies = remote.cached(f"{place}/a", ADAPTER_FILES)
+    assert sorted(file.relative_to(copies).as_posix() for file in copies.rglob("*")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert (remote.cached(f"{place}/a") / "optimizer.pt").is_file()
+    with pytest.raises(OSError, match=r"a cannot be read \(FileNotFoundError: there is no file x or y\*\)"):
+        remote.cached(f"{place}/a", ["x", "y*"])
 
 
 @pytest.mark.parametrize("checkpoint", ["hf-hub:file:///somewhere/encoder", "s3://bucket/encoder", "hf-hub:http://127.0.0.1:9/x"])

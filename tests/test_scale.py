@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks.scale import stages
-from benchmarks.scale.__main__ import LAYOUTS, SNAPSHOTS, curve
+from benchmarks.scale.__main__ import LAYOUTS, SNAPSHOTS, again, curve
 from benchmarks.scale.report import bytes_per_task, defects, draw, lines, markdown, slope, slopes
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +80,13 @@ def test_bytes_by_formula_are_those_of_files(tmp_path):
         for kind in ("generator", "fp32", "bf16", "int8", "int4"):
             assert by_formula[kind] == pytest.approx(by_file[kind], rel=0.05), kind
     assert written[2]["generator"] < written[2]["int4"]
+
+
+def test_one_stage_anew_leaves_the_others_as_they_stand():
+    old = {"date": "2026-11-26", "command": "all", "curves": {"P": [{"stages": {"gather": {"seconds": 1.0}, "fit": {"seconds": 2.0}}}]}}
+    new = again(old, "gather", {"P": [{"stages": {"gather": {"seconds": 3.0}}}]})
+    assert new["curves"]["P"] == [{"stages": {"gather": {"seconds": 3.0}, "fit": {"seconds": 2.0}}}]
+    assert new["command"] == "all" and new["again"]["gather"]["command"] == "python -m benchmarks.scale --only gather"
 
 
 @pytest.mark.slow

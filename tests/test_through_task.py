@@ -229,6 +229,12 @@ class TestWrong:
         with pytest.raises(ValueError, match="is a Conv2d"):
             trainer((base, tasks, LoraConfig(r=2, target_modules=["conv"]), data), tmp_path)
 
+    def test_examples_without_numbers(self, language, tmp_path):
+        from test_collecting import Streaming
+
+        with pytest.raises(ValueError, match=r"task 'endless' returns a stream \(IterableDataset\), .*return a map-style data set"):
+            trainer(language, tmp_path, tasks=[*language[1][:2], Streaming("endless", ["write on"], [TEXTS[0]], [])])
+
     def test_two_tasks_of_one_name(self, language, tmp_path):
         with pytest.raises(ValueError, match="need different names, held-out ones too"):
             trainer(language, tmp_path, tasks=[*language[1][:2], language[1][3]])

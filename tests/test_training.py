@@ -144,7 +144,7 @@ def test_resume_is_exact(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["reconstruction", "task", "sharded"])
 def test_two_processes_have_the_loss_of_one(tmp_path, objective):
-    results = []
+    results, read = [], []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -167,9 +167,12 @@ def test_two_processes_have_the_loss_of_one(tmp_path, objective):
         run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stderr[-3000:]
         results.append(json.loads((folder / "result.json").read_text()))
+        read.append([{tuple(key) for key in json.loads(file.read_text())} for file in sorted(folder.glob("read-*.json"))])
     one, two = results
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["losses"] == pytest.approx(one["losses"], rel=2e-3, abs=2e-3)
+    ((alone,), (first, second)) = read
+    assert first | second == alone and not first & second, "each reads its own share"
 
 
 def test_early_stop(tmp_path):

@@ -2,12 +2,13 @@
 
     python -m benchmarks.scale                     # P to 10^8 and 1,000 tasks, each stage in 6 GiB
     python -m benchmarks.scale --quick -o FOLDER   # two small sizes of each
+    python -m benchmarks.scale --only gather       # this stage anew, the others as they stand in the results
 
 Random snapshots in bf16 of real layouts, made from configurations on the meta device. Each stage runs in a process of its own on one
 thread. Its time is the least of several turns, its peak that of the resident set, files that are mapped among it, beyond what the process
 had at first:
 
-- gather: a collection is made of what tasks hand over, and saved, to the disk itself
+- gather: the work folder of `collect` becomes a collection, and is saved, to the disk itself
 - fit: the collection is opened, statistics and subspace are estimated
 - step: one step of training, at the default batch of 36 snapshots
 - load: `from_pretrained` of a generator in bf16, its hash checked
@@ -23,10 +24,12 @@ give a collection or a generator the first time. Writes scale.json, scale.md and
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +59,17 @@ FEWEST, WIDTH = TASKS[0], LAYOUTS[1]  # tasks of the curves against P, layout of
 NEEDS = {"fit": "gather", "step": "gather", "load": "make", "decode": "make", "attach": "make", "save": "make"}
 
 
-def curve(cases: list[Case], along: str, bar: Any) -> list[dict[str, Any]]:
-    """All stages of all sizes, smallest first; a stage that did not fit is not tried again with more."""
+def curve(cases: list[Case], along: str, bar: Any, stages: Iterable[str] = STAGES) -> list[dict[str, Any]]:
+    """Stages of all sizes, smallest first; one that did not fit is not tried again with more."""
     points: list[dict[str, Any]] = []
     ended: dict[str, str] = {}
     for case in cases:
         point = {"size": case.layout.numel if along == "P" else case.tasks, "case": str(case), "stages": {}}
         point |= {"collection_bytes": case.collection_bytes, "generator_bytes": case.generator_bytes}
         case.folder.mkdir(parents=True)
-        for stage in STAGES:
+        for stage in stages:
             bar.set_postfix_str(f"{stage}: {case}")
-            bytes_wanted = 2 * {"gather": case.collection_bytes, "make": case.generator_bytes}.get(stage, case.layout.num_bytes)
+            bytes_wanted = {"gather": 3 * case.collection_bytes, "make": 2 * case.generator_bytes}.get(stage, 2 * case.layout.num_bytes)
             free = shutil.disk_usage(case.folder).free
             if stage in ended:
                 found = {"left_out": f"as before, {ended[stage]}"}
@@ -106,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="two small sizes of each")
+    parser.add_argument("--only", choices=[stage for stage in STAGES if stage not in NEEDS], help="measure this stage alone")
     args = parser.parse_args()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
@@ -118,21 +122,38 @@ def main() -> None:
             "P": [Case(*layout, FEWEST, SNAPSHOTS["P"], root / f"P{index}") for index, layout in enumerate(layouts)],
             "tasks": [Case(*(LAYOUTS[0] if args.quick else WIDTH), count, SNAPSHOTS["tasks"], root / f"T{count}") for count in tasks],
         }
+        stages = [args.only] if args.only else list(STAGES)
+        with tqdm(total=len(stages) * (len(layouts) + len(tasks))) as bar:
+            curves = {along: curve(those, along, bar, stages) for along, those in cases.items()}
+        if args.only:
+            return write(again(json.loads((args.output / "scale.json").read_text()), args.only, curves), args.output)
         speed = read_speed(root / "read", 2**26 if args.quick else GIB)
-        with tqdm(total=len(STAGES) * (len(layouts) + len(tasks))) as bar:
-            curves = {along: curve(those, along, bar) for along, those in cases.items()}
         small = cases["P"][0]
         small.folder.mkdir(exist_ok=True)
         sizes = [case.layout.numel for case in cases["P"] if case.base == "Llama-3-8B"]
         result = facts("python -m benchmarks.scale" + " --quick" * args.quick)
         result |= {"memory_limit": MEMORY, "read_bytes_per_second": speed, "width": cases["tasks"][0].layout.numel, "curves": curves}
-        result["slopes"] = {along: slopes(points) for along, points in curves.items()}
-        result |= {"defects": defects(result["slopes"]), "bytes_per_task": bytes_per_task(small, sizes), "hours": on_a_gpu()}
+        result |= {"bytes_per_task": bytes_per_task(small, sizes), "hours": on_a_gpu()}
+    write(result, args.output)
+
+
+def again(result: dict[str, Any], stage: str, curves: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """An older result with one stage of a new one."""
+    for along, points in curves.items():
+        for old, new in zip(result["curves"][along], points, strict=True):
+            old["stages"][stage] = new["stages"][stage]
+    return {**result, "again": {**result.get("again", {}), stage: facts(f"python -m benchmarks.scale --only {stage}")}}
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    """The result with its slopes, as JSON, in words and as a picture."""
+    result["slopes"] = {along: slopes(points) for along, points in result["curves"].items()}
+    result["defects"] = defects(result["slopes"])
     text = markdown(result)
     print(text)
-    write_json(args.output / "scale.json", result)
-    (args.output / "scale.md").write_text(text + "\n", encoding="utf-8")
-    draw(result, args.output / "scale.png")
+    write_json(folder / "scale.json", result)
+    (folder / "scale.md").write_text(text + "\n", encoding="utf-8")
+    draw(result, folder / "scale.png")
 
 
 if __name__ == "__main__":

@@ -130,6 +130,11 @@ def markdown(result: dict[str, Any]) -> str:
         parts.append(
             f"| P = {row['P']:,} | {row['tasks']:,} | " + " | ".join(f"{row[kind]:,.0f}" for kind in kinds) + f" | {row['from']} |"
         )
+    for stage, facts in result.get("again", {}).items():
+        parts += [
+            "",
+            f"{stage} is of {facts['date']}, by `{facts['command']}`; the others are of {result['date']}, by `{result['command']}`.",
+        ]
     hours = ", ".join(f"{name} {value:.2f}" for name, value in result["hours"].items())
     return "\n".join([*parts, "", f"Hours on one A800 for Table 2, Llama-3-8B, by the dry run: {hours}."])
 

@@ -6,17 +6,20 @@ import dataclasses
 import functools
 import gc
 import itertools
+import json
 import multiprocessing
 import os
 import resource
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
 
@@ -30,8 +33,10 @@ from peft_icm import (
     ICMTrainer,
     ICMTrainingArguments,
     bundled_generator,
+    collecting,
     save_adapter,
 )
+from peft_icm.tasks.language_modeling import LanguageModelingTask
 
 GIB = 2**30
 BASES: dict[str, Callable[[], Any]] = {  # on the meta device
@@ -94,24 +99,12 @@ class Case:
         return f"{self.base}, {len(self.targets)} targets, r = {self.rank}: P = {self.layout.numel:,}, {self.tasks} tasks"
 
 
-class Noise(Mapping[str, torch.Tensor]):
-    """Snapshots that cost nothing to make: each a window of one long row of noise, a little further on."""
-
-    APART = 7
-
-    def __init__(self, case: Case):
-        self.names, self.count, self.size = case.names, case.snapshots, case.layout.numel
-        self.row = torch.empty(self.size + self.APART * case.tasks * self.count, dtype=torch.bfloat16).normal_(std=0.01)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        start = self.APART * self.count * self.names.index(name)
-        return self.row.as_strided((self.count, self.size), (self.APART, 1), start)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
+def noise(case: Case) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tasks with snapshots `[K, P]` that cost little to make: each a window of one long row of noise, a little further on."""
+    apart, size = 7, case.layout.numel
+    row = torch.empty(size + apart * case.tasks * case.snapshots, dtype=torch.bfloat16).normal_(std=0.01)
+    for index, name in enumerate(case.names):
+        yield name, row.as_strided((case.snapshots, size), (apart, 1), apart * case.snapshots * index)
 
 
 class Clock(TrainerCallback):
@@ -148,15 +141,31 @@ def flush(folder: Path) -> None:
 
 # Each makes ready, and yields what is timed for each turn; a number that it returns takes the place of the clock's.
 def gather(case: Case) -> Iterator[Callable[[], Any]]:
-    noise = Noise(case)
-    texts, vectors = {name: [name] for name in case.names}, {name: torch.randn(CONDITIONS, DIM) for name in case.names}
+    tasks = [LanguageModelingTask(name, [name], [], []) for name in case.names]
+    vectors = {name: torch.randn(CONDITIONS, DIM) for name in case.names}
 
     def collect() -> None:
-        AdapterCollection(case.layout, noise, texts, vectors).save_pretrained(case.folder / "collection")  # type: ignore[arg-type]
+        collection = collecting.gather(work, tasks)
+        collection.task_vectors = vectors
+        collection.save_pretrained(case.folder / "collection")
         flush(case.folder / "collection")
 
-    while True:
-        yield collect
+    with tempfile.TemporaryDirectory(dir=case.folder) as work:
+        write_work_folder(case, Path(work))
+        while True:
+            yield collect
+
+
+def write_work_folder(case: Case, folder: Path) -> None:
+    """What `collect` leaves of finished tasks, in noise."""
+    (folder / collecting.RECIPE).write_text(json.dumps({"num_snapshots": case.snapshots}))
+    done = json.dumps({"layout": case.layout.to_dict(), "train_loss": 0.0})
+    for task, rows in noise(case):
+        (folder / task).mkdir()
+        for epoch, row in enumerate(rows, 1):
+            tensors = {key: tensor.contiguous() for key, tensor in case.layout.unflatten(row).items()}
+            save_file(tensors, folder / task / f"epoch-{epoch:04}.safetensors")
+        (folder / task / collecting.DONE).write_text(done)
 
 
 def fit(case: Case) -> Iterator[Callable[[], Any]]:

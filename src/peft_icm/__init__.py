@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .evaluation.text import evaluate_generator
     from .generator.configuration_icm import ICMConfig
     from .generator.modeling_icm import ICMGenerator, ICMOutput
+    from .launching.arguments import LaunchArguments
     from .tasks.annotated_images import AnnotatedImage, load_coco
     from .tasks.detection import DetectionTask, detect, detection_tasks
     from .training.arguments import ICMTrainingArguments
@@ -41,6 +42,7 @@ _ROOMS = {
     "generator.configuration_icm": ("ICMConfig",),
     "generator.modeling_icm": ("ICMGenerator", "ICMOutput"),
     "generator.reading": ("Reading",),
+    "launching.arguments": ("LaunchArguments",),
     "tasks.annotated_images": ("AnnotatedImage", "load_coco"),
     "tasks.detection": ("DetectionTask", "detect", "detection_tasks"),
     "training.arguments": ("ICMTrainingArguments",),
@@ -60,6 +62,7 @@ __all__ = [
     "ICMOutput",
     "ICMTrainer",
     "ICMTrainingArguments",
+    "LaunchArguments",
     "Reading",
     "UnknownTaskError",
     "UnknownTaskWarning",

@@ -76,6 +76,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     from peft import LoraConfig
 
     from . import collecting
+    from .launching.arguments import LaunchArguments
     from .tasks import load_tasks
     from .tasks.detection import DetectionTask
 
@@ -91,6 +92,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
             output_dir=f"{args.output}.work",
             dataset_kwargs=pictures if detection else texts,
             **chosen(args, collecting.CollectingArguments),
+            **chosen(args, LaunchArguments),
         )
     collection = collecting.collect(args.base_model, tasks, lora, recipe)
     if collection is None:

@@ -25,7 +25,6 @@ def demo_options(p: argparse.ArgumentParser) -> None:
 def collect_options(p: argparse.ArgumentParser) -> None:
     """Options of `peft-icm collect`; imports torch for the defaults."""
     from .collecting import CollectingArguments
-    from .collecting.arguments import LAUNCHERS
 
     p.add_argument("base_model", help="Hub id or folder of the base model")
     p.add_argument("--tasks", required=True, help="folder with tasks.json and its texts or annotated images")
@@ -40,15 +39,27 @@ def collect_options(p: argparse.ArgumentParser) -> None:
     own("--batch-size", "per_device_train_batch_size", "blocks in a batch")
     own("--dtype", "dtype", "dtype of the frozen base")
     own("--seed", "seed", "one seed of A and B for all tasks")
-    own("--launcher", "launcher", "where tasks are trained: in this process, on Ray, or as SLURM jobs of submitit", choices=LAUNCHERS)
-    own("--ray-address", "ray_address", "host:port of a Ray cluster; by default RAY_ADDRESS, else processes of this machine", type=str)
+    own("--num-workers", "num_workers", "deprecated: --launcher ray", type=int)
+    own("--shard", "shard", "deprecated, without effect", type=str)
+    _launcher_options(p, "tasks are trained")
+    _example_options(p)
+
+
+def _launcher_options(p: argparse.ArgumentParser, done: str) -> None:
+    from .launching.arguments import LAUNCHERS, LaunchArguments
+
+    own = _fields(p, LaunchArguments)
+    own("--launcher", "launcher", f"where {done}: in this process, on Ray, or as SLURM jobs of submitit", choices=LAUNCHERS)
+    own(
+        "--ray-address",
+        "ray_address",
+        "host:port of a Ray cluster, as head:6379; by default RAY_ADDRESS, else this machine's processes",
+        type=str,
+    )
     own("--cpus-per-task", "cpus_per_task", "ray, submitit: cores of each task")
     own("--gpus-per-task", "gpus_per_task", "ray, submitit: GPUs of each task; with ray a share too, and 1 if there are any", type=float)
     own("--slurm-partition", "slurm_partition", "submitit: partition of the jobs", type=str)
     own("--slurm-time", "slurm_time", "submitit: minutes after which SLURM may end a job")
-    own("--num-workers", "num_workers", "deprecated: --launcher ray", type=int)
-    own("--shard", "shard", "deprecated, without effect", type=str)
-    _example_options(p)
 
 
 def _lora_options(p: argparse.ArgumentParser) -> None:
@@ -212,6 +223,7 @@ def evaluate_options(p: argparse.ArgumentParser) -> None:
         default=[],
         help="of the answers to prompts, beside exact match: a metric of evaluate, whose code is run; may be repeated",
     )
+    _launcher_options(p, "tasks are scored")
     _token(p)
     p.add_argument("-o", "--output", help="JSON file of the report; a plot is drawn beside it")
 
@@ -232,4 +244,5 @@ def push_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--private", action="store_true", help="create a private repo")
     p.add_argument("--revision", help="branch")
     p.add_argument("--create-pr", action="store_true", help="open a pull request")
+    _launcher_options(p, "the report of --with-report is made")
     _token(p)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli_options import chosen
+from .launching.arguments import LaunchArguments
 from .remote import is_url
 from .unknown import UnknownTaskWarning
 
@@ -271,6 +272,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         _check_writable(file)
     if args.requests and len(args.seeds or [0]) > 1:
         raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: --requests are scored with one seed of z, pass one.")
+    launching = LaunchArguments(**chosen(args, LaunchArguments))
     from transformers import AutoProcessor
 
     from .adapters.collection import AdapterCollection
@@ -286,7 +288,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     processor = AutoProcessor.from_pretrained(generator.load_base().name_or_path, token=args.token)
     own = {task: collection.final(task) for task in collection.tasks}
     tasks: Any = load_tasks(args.tasks)
-    options = {"batch_size": args.batch_size, **({"seeds": args.seeds} if args.seeds else {})}
+    options = {"batch_size": args.batch_size, "launching": launching}
+    seeds = {"seeds": args.seeds} if args.seeds else {}
     report: Any
     kind: Any = DetectionEvaluation if isinstance(tasks[0], DetectionTask) else Evaluation
     if args.metric and (args.requests or kind is DetectionEvaluation):
@@ -295,11 +298,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         known, unknown = load_requests(args.requests, [task.name for task in tasks])
         some = [task for task in tasks if task.name in known]
         seed = (args.seeds or [0])[0]
-        report = evaluate_requests(kind, generator, processor, some, own, known, unknown, seed=seed, batch_size=args.batch_size)
+        report = evaluate_requests(kind, generator, processor, some, own, known, unknown, seed=seed, **options)
     elif kind is DetectionEvaluation:
-        report = evaluate_detection(generator, processor, tasks, own, **options)
+        report = evaluate_detection(generator, processor, tasks, own, **seeds, **options)
     else:
-        report = evaluate_generator(generator, processor, tasks, own, metrics=args.metric, **options)
+        report = evaluate_generator(generator, processor, tasks, own, metrics=args.metric, **seeds, **options)
     result = report.to_dict()
     if args.output:
         with replacing_file(file) as new:
@@ -334,6 +337,9 @@ def push(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{option} is for generators, {folder} holds {what[held]}: push it without.")
     if args.with_base_model and held == COLLECTION:
         raise ValueError(f"--with-base-model is for generators and adapters, {folder} holds a collection: push it without.")
+    launching = LaunchArguments(**chosen(args, LaunchArguments))
+    if launching.launcher != "local" and not args.with_report:
+        raise ValueError(f"--launcher {launching.launcher} is where --with-report is made: pass a COLLECTION to it, or push without.")
     options = {"private": args.private or None, "revision": args.revision, "create_pr": args.create_pr, "token": args.token}
     from .adapters.collection import AdapterCollection
     from .adapters.saving import push_adapter
@@ -344,7 +350,7 @@ def push(args: argparse.Namespace) -> dict[str, Any]:
         info = push_adapter(folder, args.repo_id, with_base_model=args.with_base_model, **options)
     else:
         generator = load_generator(str(folder), token=args.token)
-        report = _memorisation(generator, args.with_report, args.token) if args.with_report else None
+        report = _memorisation(generator, args.with_report, launching, args.token) if args.with_report else None
         if args.with_requests:
             from .evaluation.requests import card_facts
 
@@ -355,7 +361,7 @@ def push(args: argparse.Namespace) -> dict[str, Any]:
     return {"repo_id": args.repo_id, "commit": info.oid, "url": str(info.commit_url)}
 
 
-def _memorisation(generator: ICMGenerator, name: str, token: str | None) -> dict[str, Any]:
+def _memorisation(generator: ICMGenerator, name: str, launching: LaunchArguments, token: str | None) -> dict[str, Any]:
     """The report from a collection; one that `collect` wrote has no task vectors, the generator's own encoder makes them."""
     from .adapters.collection import AdapterCollection
     from .evaluation.memorisation import memorisation_report
@@ -363,7 +369,7 @@ def _memorisation(generator: ICMGenerator, name: str, token: str | None) -> dict
     collection = AdapterCollection.from_pretrained(name, token=token)
     if not collection.task_vectors and generator.config.encoder:
         collection.encode(generator.encoder)
-    return memorisation_report(generator, collection)
+    return memorisation_report(generator, collection, launching=launching)
 
 
 def say(args: argparse.Namespace, line: str) -> None:

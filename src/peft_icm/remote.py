@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -80,26 +80,31 @@ def write(url: str, content: bytes) -> None:
         fs.pipe_file(path, content)
 
 
-def cached(url: str) -> Path:
-    """A copy of a folder at a URL, in huggingface_hub's cache of assets; made anew where the files there, or their dates, are others.
+def cached(url: str, allow_patterns: Sequence[str] | None = None) -> Path:
+    """A copy of a folder at a URL, in `assets/peft_icm/urls` of huggingface_hub's cache; made anew where the files there, or their dates,
+    are others. Older copies stay until they are deleted: another process may be reading them.
 
     Args:
         url (`str`): Of the folder.
+        allow_patterns (`Sequence[str]`, *optional*): Copy only these files.
 
     Returns:
         `Path`
 
     Raises:
-        `OSError`: One line, if it cannot be read or nothing is there.
+        `OSError`: One line, if it cannot be read or there is nothing to copy.
     """
     from huggingface_hub import cached_assets_path
+    from huggingface_hub.utils import filter_repo_objects
 
     with _one_line(url, "read") as (fs, root):
         fs.invalidate_cache()
-        found = fs.find(root, detail=True)
-        if not found:
-            raise FileNotFoundError("there are no files")
-        names = [path.removeprefix(root).lstrip("/") for path in found]
+        there = {path.removeprefix(root).lstrip("/"): (path, facts) for path, facts in fs.find(root, detail=True).items()}
+        patterns = list(allow_patterns or ["*"])
+        names = list(filter_repo_objects(there, allow_patterns=patterns))
+        if not names:
+            raise FileNotFoundError(f"there is no file {' or '.join(patterns)}")
+        found = dict(there[name] for name in names)
     digest = hashlib.sha256(repr((url, sorted(found.items()))).encode()).hexdigest()
     folder = cached_assets_path("peft_icm", namespace="urls") / digest
     if not folder.is_dir():

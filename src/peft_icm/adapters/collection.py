@@ -58,12 +58,12 @@ class AdapterCollection:
         """Check every name and tensor."""
         if not self.snapshots:
             raise ValueError("A collection needs at least one task.")
-        for task, tensor in self.snapshots.items():
+        for task in self.snapshots:
             disk.safe_name(task, "task")
-            if not _is_matrix(tensor) or tensor.shape[1] != self.layout.numel:
-                raise ValueError(f"Task {task!r}: expected snapshots of shape (K, {self.layout.numel}), found {_shape(tensor)}.")
             if isinstance(self.snapshots, dict):
-                check_finite(task, tensor, self.layout)
+                check_finite(task, self.rows(task), self.layout)
+            elif isinstance(self.snapshots, SnapshotFiles):
+                self.rows(task)  # mapped: nothing is read
         for task, texts in self.descriptions.items():
             if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"Task {task!r}: expected a list of sentences, found {str(texts)[:60]!r}.")
@@ -88,6 +88,13 @@ class AdapterCollection:
     def tasks(self) -> list[str]:
         """Names of the tasks, in order."""
         return list(self.snapshots)
+
+    def rows(self, task: str) -> Tensor:
+        """`[K, P]`: the snapshots of a task; `ValueError` if they are of another shape."""
+        found = self.snapshots[task]
+        if not _is_matrix(found) or found.shape[1] != self.layout.numel:
+            raise ValueError(f"Task {task!r}: expected snapshots of shape (K, {self.layout.numel}), found {_shape(found)}.")
+        return found
 
     def final(self, task: str) -> Tensor:
         """`[P]`: the last snapshot, the task's own LoRA."""
@@ -203,8 +210,10 @@ class AdapterCollection:
 
     def _write(self, folder: Path) -> None:
         (folder / "snapshots").mkdir()
-        for task, snapshots in self.snapshots.items():
-            rows = snapshots[:].contiguous()
+        counts = {}
+        for task in self.tasks:  # each is asked for once: it may be read from many files, or made
+            rows = self.rows(task)[:].contiguous()
+            counts[task] = len(rows)
             check_finite(task, rows, self.layout)
             tensors = {"snapshots": rows}
             if task in self.task_vectors:
@@ -215,8 +224,7 @@ class AdapterCollection:
             "format": FORMAT,
             "layout": self.layout.to_dict(),
             "tasks": [
-                {"name": task, "snapshots": len(self.snapshots[task]), "descriptions": self.descriptions.get(task, [])}
-                for task in self.tasks
+                {"name": task, "snapshots": count, "descriptions": self.descriptions.get(task, [])} for task, count in counts.items()
             ],
             "encoder": self.encoder,
             "metadata": self.metadata,

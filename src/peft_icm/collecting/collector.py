@@ -6,7 +6,9 @@ import copy
 import datetime
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -23,14 +25,17 @@ from ..adapters.collection import AdapterCollection
 from ..adapters.functional import check_fields
 from ..adapters.layout import AdapterLayout
 from ..disk import inside, safe_name
+from ..launching.launchers import check_launcher, launch
 from ..remote import is_url
 from ..tasks.fields import strings
 from ..tasks.language_modeling import context_size
 from .arguments import CollectingArguments, Task
-from .folder import DONE, JOBS, LOCKS, check_finished, locked, read_json, read_snapshot, snapshot_files, task_lock
-from .launchers import check_launcher, launch
+from .folder import DONE, JOBS, LOCKS, check_finished, check_snapshot, locked, read_json, read_snapshot, snapshot_files, task_lock
 from .recipe import RECIPE, check_recipe, collecting_recipe, data_sha256, write_recipe
 from .remote import bring, send_file, working_folder
+from .work import work
+
+PATIENCE = 120.0  # seconds in which a file system notices that a node died that held a lock
 
 
 def collect(
@@ -84,7 +89,8 @@ def collect(
             raise ValueError(
                 f"Another process is collecting into {folder}, task {waiting[0].name!r}: wait for it, or choose another folder."
             )
-        launch(name, waiting, lora_config, args, data)
+        if waiting:
+            _train(name, waiting, lora_config, args, data)
         bring(args.output_dir, folder, names)
         lost = [task.name for task in waiting if not finished(task) and _is_free(folder, task)]
         if lost and args.launcher != "local":
@@ -95,6 +101,16 @@ def collect(
             check_finished(folder / task.name, args.num_snapshots, data[task.name])
         collection = gather(folder, tasks)
         return replace(collection, snapshots=dict(collection.snapshots)) if is_url(args.output_dir) else collection
+
+
+def _train(base_model: str, tasks: Sequence[Task], lora_config: LoraConfig, args: CollectingArguments, data: Mapping[str, str]) -> None:
+    """Train tasks where `args.launcher` says."""
+    patience = 0 if args.launcher == "local" else PATIENCE
+    own_work = partial(work, base_model, lora_config=lora_config, args=args, data=data, patience=patience)
+    folder = None if is_url(args.output_dir) else Path(args.output_dir) / JOBS
+    with closing(launch(own_work, [task.name for task in tasks], tasks, args, folder=folder, kept=args.output_dir)) as trained:
+        for _ in tqdm(trained, desc="collecting", total=len(tasks), unit="task"):
+            pass
 
 
 class EpochFiles(Mapping[str, Tensor]):
@@ -129,7 +145,7 @@ def gather(folder: str | Path, tasks: Sequence[Task]) -> AdapterCollection:
         [`AdapterCollection`]: Save it, before the folder is deleted: what is saved is read in fewer pieces.
 
     Raises:
-        `ValueError`: If a task is not finished, or two have different layouts.
+        `ValueError`: If a task is not finished or has a snapshot lost or cut short, or two have different layouts.
     """
     root = Path(folder)
     recipe = read_json(root / RECIPE)
@@ -144,9 +160,11 @@ def gather(folder: str | Path, tasks: Sequence[Task]) -> AdapterCollection:
         if own.fingerprint != layout.fingerprint:
             raise ValueError(f"Task {task.name!r} has another layout: {layout.difference(own)}.")
         folders[task.name] = inside(root, task.name)
-        found, wanted = len(snapshot_files(folders[task.name])), recipe["num_snapshots"]
-        if found != wanted:
-            raise ValueError(f"Task {task.name!r} has {found} snapshots in {root}, its recipe {wanted}: run collect again.")
+        files, wanted = snapshot_files(folders[task.name]), recipe["num_snapshots"]
+        if len(files) != wanted:
+            raise ValueError(f"Task {task.name!r} has {len(files)} snapshots in {root}, its recipe {wanted}: run collect again.")
+        for file in files:
+            check_snapshot(file)
         losses[task.name] = done["train_loss"]
     assert layout is not None
     metadata = {

@@ -76,15 +76,20 @@ def snapshot_files(folder: Path) -> list[Path]:
 
 def read_snapshot(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a snapshot; `ValueError` if its file is not whole."""
-    check_snapshot(file)
-    return load_file(file)
+    with _whole(file):
+        return load_file(file)
 
 
 def check_snapshot(file: Path) -> None:
     """Refuse a file that was cut short, by its header and its length."""
+    with _whole(file), safe_open(file, framework="pt"):
+        pass
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[None]:
     try:
-        with safe_open(file, framework="pt"):
-            pass
+        yield
     except SafetensorError as error:
         raise ValueError(f"{file} is no whole safetensors file ({error}): delete its folder and run collect again.") from error
 

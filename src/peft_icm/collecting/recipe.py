@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from ..adapters.functional import ABOUT
 from ..disk import replacing_file
+from ..tasks.fields import numbered_examples
 from .arguments import SPREADING, CollectingArguments, Task
 from .folder import LOCKS, read_json
 
@@ -79,9 +80,9 @@ def data_sha256(task: Task, processor: Any, args: CollectingArguments) -> str:
         `str`
 
     Raises:
-        `ValueError`: What `task.train_dataset` raises, of data that nothing can be trained on.
+        `ValueError`: What `task.train_dataset` raises, of data that nothing can be trained on; or if that returns a stream.
     """
-    dataset = task.train_dataset(processor, **args.dataset_kwargs)
+    dataset = numbered_examples(task, processor, **args.dataset_kwargs)
     if hasattr(dataset, "fingerprint"):
         return dataset.fingerprint()
     from datasets.fingerprint import Hasher

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..generator.modeling_icm import ICMGenerator
+from ..launching.arguments import HERE, LaunchArguments
 from ..tasks.annotated_images import AnnotatedImage, crops
 from ..tasks.average_precision import mean_average_precision
 from ..tasks.detection import DetectionTask, detect
@@ -100,6 +101,7 @@ def evaluate_detection(
     seeds: Sequence[int] = (0, 1, 2),
     batch_size: int = 32,
     progress: bool = True,
+    launching: LaunchArguments = HERE,
 ) -> DetectionEvaluation:
     """Score a generator on held-out pictures of one-class detection tasks; what is scored: [`~Report.evaluate`].
 
@@ -112,16 +114,17 @@ def evaluate_detection(
         seeds (`Sequence[int]`, defaults to `(0, 1, 2)`): Of z.
         batch_size (`int`, defaults to 32): Pictures in a forward pass.
         progress (`bool`, defaults to `True`): Show a progress bar.
+        launching ([`LaunchArguments`], *optional*): Where tasks are scored; by default one after the other in this process.
 
     Returns:
         [`DetectionEvaluation`]
 
     Raises:
         `ValueError`: If there is no task or no seed, or a task has no test image of its class, no description or no own LoRA.
+        `OSError`: If there is no Ray cluster at the address, or a task failed in another process.
     """
-    return DetectionEvaluation.evaluate(
-        generator, processor, tasks, own, variants=variants, seeds=seeds, progress=progress, batch_size=batch_size
-    )
+    options: dict[str, Any] = {"variants": variants, "seeds": seeds, "progress": progress, "launching": launching}
+    return DetectionEvaluation.evaluate(generator, processor, tasks, own, batch_size=batch_size, **options)
 
 
 def cross_detection(

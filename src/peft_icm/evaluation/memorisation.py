@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +15,8 @@ from torch import Tensor
 from ..adapters.collection import AdapterCollection
 from ..adapters.fidelity import cosine, distances, norms
 from ..baselines.base import AdapterSource
+from ..launching.arguments import HERE, LaunchArguments
+from ..launching.launchers import check_launcher, launch
 from .figures import plot_bars
 
 _DIGITS = 6  # below lies what a difference of equal norms leaves (see fidelity.distances)
@@ -25,7 +30,11 @@ _BARS = {
 
 
 def memorisation_report(
-    generator: AdapterSource, collection: AdapterCollection, *, seeds: Sequence[int] = (0, 1, 2, 3, 4, 5, 6, 7)
+    generator: AdapterSource,
+    collection: AdapterCollection,
+    *,
+    seeds: Sequence[int] = (0, 1, 2, 3, 4, 5, 6, 7),
+    launching: LaunchArguments = HERE,
 ) -> dict[str, Any]:
     """Where generated adapters lie among the snapshots of a collection; from weights alone, no base model runs.
 
@@ -50,6 +59,8 @@ def memorisation_report(
         generator ([`AdapterSource`]): Has a `layout` and draws with `sample(condition, num_samples, generator, temperature)`.
         collection ([`AdapterCollection`]): With task vectors; the one that the generator was trained on, to ask what it memorised.
         seeds (`Sequence[int]`, defaults to 0 ... 7): Of z, one adapter for each.
+        launching ([`LaunchArguments`], *optional*): Where the report is made, a GiB in each Ray task or job, without GPUs; by default all
+            in this process.
 
     Returns:
         `dict`: JSON-able: `tasks` (a list with `name`, `snapshots` and the measures above), `mean` of each over tasks (`ratio`: of
@@ -59,6 +70,7 @@ def memorisation_report(
     Raises:
         `ValueError`: If there is no seed, the layouts differ, a task has no task vector, the task vectors are of another encoder than
             the generator's, there is only one snapshot, or an own LoRA is zero.
+        `OSError`: If there is no Ray cluster at the address, or a GiB failed in another process.
 
     Example:
 
@@ -74,18 +86,14 @@ def memorisation_report(
 
     ```
     """
+    check_launcher(launching)
     sizes = _check(generator, collection, seeds)
-    layout, tasks = generator.layout, list(sizes)
-    cosines = {name: torch.zeros(len(tasks), len(tasks), dtype=torch.float64) for name in ("own", "generated")}
-    rows: list[dict[str, float | None]] = []
-    for names in _blocks({task: (size + len(seeds)) * layout.numel for task, size in sizes.items()}):
-        block, held = _Block(generator, collection, names, seeds), slice(len(rows), len(rows) + len(names))
-        for index, (task, snapshots) in enumerate(collection.snapshots.items()):
-            block.meet(task, snapshots)
-            first = block.first(task) if task in names else _sample(generator, collection.task_vectors[task][0], seeds[:1])
-            cosines["own"][held, index] = cosine(layout, block.own, snapshots[-1:])[:, 0]
-            cosines["generated"][held, index] = cosine(layout, block.drawn[:: len(seeds)], first)[:, 0]
-        rows += block.rows()
+    blocks = {block[0]: block for block in _blocks({task: (size + len(seeds)) * generator.layout.numel for task, size in sizes.items()})}
+    work = partial(_measured, generator, collection, seeds)
+    with closing(launch(work, list(blocks), blocks.values(), replace(launching, gpus_per_task=0))) as measured:
+        found = dict(measured)
+    rows = [row for first in blocks for row in found[first][0]]
+    cosines = {name: torch.cat([found[first][1][name] for first in blocks]) for name in ("own", "generated")}
     columns = {name: [value for row in rows if (value := row[name]) is not None] for name in _MEASURES}
     mean = {name: round(sum(values) / len(values), _DIGITS) if values else None for name, values in columns.items()}
     return {
@@ -95,6 +103,22 @@ def memorisation_report(
         "snapshots": sum(sizes.values()),
         "seeds": list(seeds),
     }
+
+
+def _measured(
+    generator: AdapterSource, collection: AdapterCollection, seeds: Sequence[int], blocks: Iterable[list[str]]
+) -> Iterator[tuple[list[dict[str, float | None]], dict[str, Tensor]]]:
+    """Of each block the measures of its tasks, and their cosines `[n, T]` to all tasks."""
+    layout = generator.layout
+    for names in blocks:
+        block = _Block(generator, collection, names, seeds)
+        own, generated = [], []
+        for task, snapshots in collection.snapshots.items():
+            block.meet(task, snapshots)
+            first = block.first(task) if task in names else _sample(generator, collection.task_vectors[task][0], seeds[:1])
+            own.append(cosine(layout, block.own, snapshots[-1:]))
+            generated.append(cosine(layout, block.drawn[:: len(seeds)], first))
+        yield block.rows(), {"own": torch.cat(own, 1), "generated": torch.cat(generated, 1)}
 
 
 class _Block:

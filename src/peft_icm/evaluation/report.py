@@ -7,15 +7,20 @@ import os
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..adapters.attach import attach
 from ..generator.modeling_icm import ICMGenerator
+from ..launching.arguments import HERE, LaunchArguments
+from ..launching.launchers import check_launcher, launch
 from ..unknown import UnknownTaskWarning
 from .figures import plot_bars
 
@@ -25,6 +30,7 @@ HANDFUL = 4  # pictures that one adapter is generated from
 _DIGITS = 4
 
 Score = TypeVar("Score")
+_Item = tuple[Any, dict[str, list[tuple[dict[str, Any], int]]], Tensor]  # a task, its `conditions`, and its own LoRA
 
 
 def share_of(gain: float, own: float) -> float | None:
@@ -180,6 +186,7 @@ class Report(ABC, Generic[Score]):
         variants: Sequence[str] = VARIANTS,
         seeds: Sequence[int] = (0, 1, 2),
         progress: bool = True,
+        launching: LaunchArguments = HERE,
         each: Callable[[Any, dict[str, Score]], None] | None = None,
         **options: Any,
     ) -> Self:
@@ -200,6 +207,7 @@ class Report(ABC, Generic[Score]):
             variants (`Sequence[str]`): Which of the above; those that the encoder or the task has nothing for are left out.
             seeds (`Sequence[int]`, defaults to `(0, 1, 2)`): Of z.
             progress (`bool`, defaults to `True`): Show a progress bar.
+            launching ([`LaunchArguments`], *optional*): Where tasks are scored; by default one after the other in this process.
             each (`Callable`, *optional*): Called with each task and its scores as they are ready.
             **options: For [`~Report.score`].
 
@@ -208,7 +216,9 @@ class Report(ABC, Generic[Score]):
 
         Raises:
             `ValueError`: If there is no task or no seed, or a task has no held-out data, no description or no own LoRA.
+            `OSError`: If there is no Ray cluster at the address, or a task failed in another process.
         """
+        check_launcher(launching)
         if not tasks or not seeds:
             raise ValueError(f"tasks={tasks!r:.80} and seeds={seeds!r:.80} must each have one entry at least.")
         for task in tasks:
@@ -216,29 +226,66 @@ class Report(ABC, Generic[Score]):
             if not items or not task.descriptions or task.name not in own:
                 raise ValueError(f"Task {task.name!r} needs {needed}, a description and an own LoRA to be evaluated.")
         start = time.perf_counter()
-        layout = generator.layout
         seen = HANDFUL * len(seeds) if "images" in generator.encoder.accepts else 0
-        model = generator.generate_adapter(tasks[0].descriptions[0])
+        half = max(1, len(tasks) // 2)
+
+        def item(task: Any, other: Any) -> _Item:
+            asked = conditions(task, other, cls.pictures(task, seen), seeds)
+            # Its own LoRA alone: what is pickled of a row is all that it is a row of.
+            return task, {name: asked[name] for name in asked if name in variants and asked[name]}, own[task.name].clone()
+
+        work = partial(cls._rows, generator, processor, tasks[0].descriptions[0], launching, options)
+        names, by_name = [task.name for task in tasks], {task.name: task for task in tasks}
         scores: dict[str, dict[str, Score]] = {}
-        for index, task in enumerate(tqdm(tasks, desc="evaluating", unit="task", disable=not progress)):
+        with closing(launch(work, names, map(item, tasks, [*tasks[half:], *tasks[:half]]), launching)) as scored:
+            for name, row in tqdm(scored, desc="evaluating", total=len(tasks), unit="task", disable=not progress):
+                scores[name] = row
+                if each:
+                    each(by_name[name], row)
+        return cls({name: scores[name] for name in names}, list(seeds), time.perf_counter() - start)
+
+    @classmethod
+    def _rows(
+        cls,
+        generator: ICMGenerator,
+        processor: Any,
+        text: str,
+        launching: LaunchArguments,
+        options: Mapping[str, Any],
+        items: Iterable[_Item],
+    ) -> Iterator[dict[str, Score]]:
+        """The scores of each task, by column."""
+        layout, model = generator.layout, model_to_score(generator, text, launching)
+        for task, asked, own in items:
             with model.disable_adapter():
                 row = {"base": cls.score(model, processor, task, **options)}
-            attach(model, layout, layout.unflatten(own[task.name].to(layout.torch_dtype)))
+            attach(model, layout, layout.unflatten(own.to(layout.torch_dtype)))
             row["own"] = cls.score(model, processor, task, **options)
-            other = tasks[(index + max(1, len(tasks) // 2)) % len(tasks)]
-            for name, asked in conditions(task, other, cls.pictures(task, seen), seeds).items():
-                if name in variants and asked:
-                    parts = []
-                    for condition, seed in asked:
-                        with warnings.catch_warnings():
-                            warnings.simplefilter("ignore", UnknownTaskWarning)  # gibberish is asked for on purpose
-                            generator.generate_adapter(**condition, base_model=model, generator=torch.Generator().manual_seed(seed))
-                        parts.append(cls.score(model, processor, task, **options))
-                    row[name] = cls.pool(parts)
-            scores[task.name] = row
-            if each:
-                each(task, row)
-        return cls(scores, list(seeds), time.perf_counter() - start)
+            for name, requests in asked.items():
+                parts = []
+                for condition, seed in requests:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", UnknownTaskWarning)  # gibberish is asked for on purpose
+                        generator.generate_adapter(**condition, base_model=model, generator=torch.Generator().manual_seed(seed))
+                    parts.append(cls.score(model, processor, task, **options))
+                row[name] = cls.pool(parts)
+            yield row
+
+
+def model_to_score(generator: ICMGenerator, text: str, launching: LaunchArguments) -> PeftModel:
+    """A model for adapters to be scored on: where the base is, or on the GPU that a launcher gave this process.
+
+    Args:
+        generator ([`ICMGenerator`]): With a base of its own.
+        text (`str`): What its first adapter is for.
+        launching ([`LaunchArguments`]): What started this process.
+
+    Returns:
+        `PeftModel`
+    """
+    if launching.launcher != "local" and launching.gpus_per_task != 0 and torch.accelerator.is_available():
+        generator.load_base().to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
+    return generator.generate_adapter(text)
 
 
 def conditions(task: Any, other: Any, pictures: Sequence[Any], seeds: Sequence[int]) -> dict[str, list[tuple[dict[str, Any], int]]]:

@@ -6,8 +6,10 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,14 @@ from tqdm.auto import tqdm
 
 from ..adapters.attach import attach
 from ..generator.modeling_icm import ICMGenerator
+from ..generator.reading import Reading
 from ..generator.requests import scaled
 from ..hub.cards import requests_measured
+from ..launching.arguments import HERE, LaunchArguments
+from ..launching.launchers import check_launcher, launch
 from ..unknown import ON_UNKNOWN, UnknownTaskWarning
 from .figures import save_figure
-from .report import Report, rounded, share_of
+from .report import Report, model_to_score, rounded, share_of
 
 SOURCES = ("generated", "retrieved")
 KINDS = {"unseen_phrasings": True, "unknown_requests": False}  # whether a request means a task
@@ -243,6 +248,7 @@ def evaluate_requests(
     *,
     seed: int = 0,
     progress: bool = True,
+    launching: LaunchArguments = HERE,
     **options: Any,
 ) -> RequestsReport:
     """Score what a generator makes of requests.
@@ -257,6 +263,7 @@ def evaluate_requests(
         unknown (`Sequence[str]`): Sentences that mean none of them; each is scored on one task, in turn.
         seed (`int`, defaults to 0): Of z.
         progress (`bool`, defaults to `True`): Show a progress bar.
+        launching ([`LaunchArguments`], *optional*): Where tasks are scored; by default one after the other in this process.
         **options: For [`~Report.score`].
 
     Returns:
@@ -264,48 +271,76 @@ def evaluate_requests(
 
     Raises:
         `ValueError`: If a task of the generator has no own LoRA.
+        `OSError`: If there is no Ray cluster at the address, or a task failed in another process.
     """
+    check_launcher(launching)
     missing = next((task["name"] for task in generator.config.tasks or [] if task["name"] not in own), None)
     if missing is not None:
         raise ValueError(f"The generator may hear {missing!r}, and the collection has no LoRA of it: pass the one that it was trained on.")
     start = time.perf_counter()
-    layout, by_name = generator.layout, {task.name: task for task in tasks}
-    model = generator.generate_adapter(tasks[0].descriptions[0])
-    kept: dict[tuple[str, str], float] = {}  # gain of a task's own LoRA on the data of another
+    asked: list[tuple[str, str | None, str]] = [(line, name, name) for name, lines in known.items() for line in lines]
+    asked += [(line, None, tasks[index % len(tasks)].name) for index, line in enumerate(unknown)]
+    of_task: dict[str, list[int]] = {task.name: [] for task in tasks}
+    for number, (_, _, name) in enumerate(asked):
+        of_task[name].append(number)
+    readings = [generator.read(line) for line, _, _ in asked]
 
-    def score(task: Any, tensors: dict[str, Tensor] | None) -> float:
-        if tensors is None:
-            with model.disable_adapter():
-                found = kind.score(model, processor, task, **options)
-        else:
-            attach(model, layout, {name: tensor.to(layout.torch_dtype) for name, tensor in tensors.items()})
-            found = kind.score(model, processor, task, **options)
-        return kind.numbers(found)["gain"]
+    def item(task: Any) -> _Item:
+        heard = {task.name, *(readings[number].task for number in of_task[task.name])}
+        alone = {name: own[name].clone() for name in heard}  # what is pickled of a row is all that it is a row of
+        return task, [(asked[number][0], readings[number]) for number in of_task[task.name]], alone
 
-    def of_own(heard: str, task: Any) -> float:
-        if (heard, task.name) not in kept:
-            kept[heard, task.name] = score(task, layout.unflatten(own[heard])) - base[task.name]
-        return kept[heard, task.name]
-
-    base = {task.name: score(task, None) for task in tasks}
-    gains_of_own = {task.name: of_own(task.name, task) for task in tasks}
-    asked: list[tuple[str, str | None, Any]] = [(line, name, by_name[name]) for name, lines in known.items() for line in lines]
-    asked += [(line, None, tasks[index % len(tasks)]) for index, line in enumerate(unknown)]
-    rows, threshold = [], None
-    for line, meant, task in tqdm(asked, desc="requests", unit="request", disable=not progress):
-        reading = generator.read(line)
-        threshold = reading.threshold
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UnknownTaskWarning)
-            tensors = generator.generate_state_dict(line, generator=torch.Generator().manual_seed(seed))
-        retrieved = layout.unflatten(own[reading.task])
-        gains = {
-            "generated/warn": score(task, tensors) - base[task.name],
-            "generated/shrink": score(task, scaled(tensors, reading.worth)) - base[task.name],
-            "retrieved/warn": of_own(reading.task, task),
-            "retrieved/shrink": score(task, scaled(retrieved, reading.worth)) - base[task.name],
-        }
+    work = partial(_gains, generator, processor, kind, tasks[0].descriptions[0], seed, launching, options)
+    gains: dict[int, dict[str, float]] = {}
+    of_own: dict[str, float] = {}
+    with closing(launch(work, list(of_task), map(item, tasks), launching)) as scored:
+        for name, (gain, found) in tqdm(scored, desc="requests", total=len(tasks), unit="task", disable=not progress):
+            of_own[name] = gain
+            gains |= zip(of_task[name], found, strict=True)
+    rows = []
+    for number, ((line, meant, name), reading) in enumerate(zip(asked, readings, strict=True)):
         figures = (round(reading.confidence, 4), round(reading.familiarity, 4), round(reading.worth, 4))
-        rows.append(Heard(line, meant, task.name, reading.task, *figures, reading.known, gains))
+        rows.append(Heard(line, meant, name, reading.task, *figures, reading.known, gains[number]))
+    threshold = readings[-1].threshold
     seconds = time.perf_counter() - start
-    return RequestsReport(rows, gains_of_own, threshold, kind.unit, seconds, generator.saved_sha256)
+    return RequestsReport(rows, {name: of_own[name] for name in of_task}, threshold, kind.unit, seconds, generator.saved_sha256)
+
+
+_Item = tuple[Any, list[tuple[str, Reading]], dict[str, Tensor]]  # a task, what is asked and how it was heard, and own LoRAs
+
+
+def _gains(
+    generator: ICMGenerator,
+    processor: Any,
+    kind: type[Report[Any]],
+    text: str,
+    seed: int,
+    launching: LaunchArguments,
+    options: Mapping[str, Any],
+    items: Iterable[_Item],
+) -> Iterator[tuple[float, list[dict[str, float]]]]:
+    """Of each task the gain of its own LoRA, and those of each request's adapters."""
+    layout, model = generator.layout, model_to_score(generator, text, launching)
+    for task, requests, own in items:
+        with model.disable_adapter():
+            base = kind.numbers(kind.score(model, processor, task, **options))["gain"]
+
+        def gain(tensors: dict[str, Tensor], task: Any = task, base: float = base) -> float:
+            attach(model, layout, {name: tensor.to(layout.torch_dtype) for name, tensor in tensors.items()})
+            return kind.numbers(kind.score(model, processor, task, **options))["gain"] - base
+
+        of_own = {name: gain(layout.unflatten(one)) for name, one in own.items()}
+        found = []
+        for line, reading in requests:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UnknownTaskWarning)
+                tensors = generator.generate_state_dict(line, generator=torch.Generator().manual_seed(seed))
+            found.append(
+                {
+                    "generated/warn": gain(tensors),
+                    "generated/shrink": gain(scaled(tensors, reading.worth)),
+                    "retrieved/warn": of_own[reading.task],
+                    "retrieved/shrink": gain(scaled(layout.unflatten(own[reading.task]), reading.worth)),
+                }
+            )
+        yield of_own[task.name], found

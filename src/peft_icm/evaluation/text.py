@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..generator.modeling_icm import ICMGenerator
+from ..launching.arguments import HERE, LaunchArguments
 from ..tasks.answers import answers
 from ..tasks.language_modeling import NLL, LanguageModelingTask, nll
 from ..tasks.records import Record
@@ -76,17 +78,15 @@ class AnswersEvaluation(Report[Answered]):
     tested_on = staticmethod(Evaluation.tested_on)
 
     @staticmethod
-    def score(
-        model: Any, processor: Any, task: Any, *, metrics: Mapping[str, Any] | None = None, batch_size: int = 16, **options: Any
-    ) -> Answered:
-        """Over all test records; `metrics` are loaded ones by name, the other options those of [`nll`]."""
+    def score(model: Any, processor: Any, task: Any, *, metrics: Sequence[str] = (), batch_size: int = 16, **options: Any) -> Answered:
+        """Over all test records; `metrics` are names for [`load_metric`], the other options those of [`nll`]."""
         given = answers(model, processor, task.test_texts, batch_size=batch_size, progress=False)
         wanted = [record.answer for record in task.test_texts]
         same = [one.strip() == other.strip() for one, other in zip(given, wanted, strict=True)]
         found = {"exact_match": sum(same) / len(same)}
-        for name, metric in (metrics or {}).items():
+        for name in metrics:
             try:
-                computed = metric.compute(predictions=given, references=wanted)
+                computed = load_metric(name).compute(predictions=given, references=wanted)
             except TypeError as error:
                 raise ValueError(f"The metric {name} cannot be computed from answers and references alone: {error}") from error
             found |= {part: float(value) for part, value in computed.items() if isinstance(value, Real)}
@@ -117,6 +117,7 @@ class AnswersEvaluation(Report[Answered]):
         return "\n".join([super().table(), *(["", "Of the answers to all tasks:"] if more else []), *more])
 
 
+@functools.cache
 def load_metric(name: str) -> Any:
     """A metric of `evaluate`: a bundled one, or whatever `evaluate.load` finds under the name, whose code it runs.
 
@@ -153,6 +154,7 @@ def evaluate_generator(
     batch_size: int = 16,
     metrics: Sequence[str] = (),
     progress: bool = True,
+    launching: LaunchArguments = HERE,
 ) -> Evaluation | AnswersEvaluation:
     """Score a generator on held-out text; what is scored: [`~Report.evaluate`].
 
@@ -168,6 +170,7 @@ def evaluate_generator(
         batch_size (`int`, defaults to 16): Windows, or prompts, in a forward pass.
         metrics (`Sequence[str]`): Of the answers, beside exact match: names for [`load_metric`].
         progress (`bool`, defaults to `True`): Show a progress bar.
+        launching ([`LaunchArguments`], *optional*): Where tasks are scored; by default one after the other in this process.
 
     Returns:
         [`Evaluation`] or [`AnswersEvaluation`]
@@ -175,6 +178,7 @@ def evaluate_generator(
     Raises:
         `ValueError`: If there is no task or no seed, or a task has no test text, no description or no own LoRA; or if there are metrics and
             a task whose test texts are no prompts.
+        `OSError`: If there is no Ray cluster at the address, or a task failed in another process.
 
     Example:
 
@@ -194,11 +198,13 @@ def evaluate_generator(
 
     ```
     """
-    options: dict[str, Any] = {"seeds": seeds, "progress": progress, "max_length": max_length, "batch_size": batch_size}
+    options: dict[str, Any] = {"seeds": seeds, "progress": progress, "launching": launching}
+    options |= {"max_length": max_length, "batch_size": batch_size}
     plain = [task.name for task in tasks if any(isinstance(text, str) for text in task.test_texts)]
     if not plain:
-        loaded = {name: load_metric(name) for name in metrics}
-        return AnswersEvaluation.evaluate(generator, tokenizer, tasks, own, metrics=loaded, **options)
+        for name in metrics:
+            load_metric(name)  # what is no metric is told before anything is scored
+        return AnswersEvaluation.evaluate(generator, tokenizer, tasks, own, metrics=metrics, **options)
     if metrics:
         raise ValueError(f"The metric {metrics[0]} is of answers to prompts, task {plain[0]!r} has none among its test texts.")
     return Evaluation.evaluate(generator, tokenizer, tasks, own, **options)

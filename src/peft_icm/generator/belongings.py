@@ -108,6 +108,10 @@ class BelongingsMixin:
                 return load_base(self.layout, *self._own_base(), **{**self._source.hub, **kwargs})
         return share_tensors(self.load_base())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the base, which a pickle or a copy loads where it needs it."""
+        return {**super().__getstate__(), "_lazy": {name: value for name, value in self._lazy.items() if name != "base"}}  # type: ignore[dict-item]
+
     def load_base(self) -> PreTrainedModel:
         """The base model that this generator was trained for, loaded once, however many threads ask for it.
 

@@ -65,9 +65,9 @@ class SavedModel(AdapterMixin, PreTrainedModel):
         name = str(pretrained_model_name_or_path)
         names = ("revision", "token", "cache_dir", "local_files_only")
         given = {option: value for option in names if (value := kwargs.pop(option, None)) is not None}
-        root = resolve(name, allow_patterns=[str(PurePosixPath(subfolder, file)) for file in _OWN_FILES], **given)
         if is_url(name):
-            name = str(root)  # the copy of what lay there is a folder like any other
+            name = str(resolve(name))  # a copy of all that lies there, encoder and base too, is a folder like any other
+        root = resolve(name, allow_patterns=[str(PurePosixPath(subfolder, file)) for file in _OWN_FILES], **given)
         folder = inside(root, subfolder) if subfolder else root
         fields = {field: kwargs.pop(field) for field in ICMConfig.__annotations__ if field in kwargs}
         own: ICMConfig = config if isinstance(config, ICMConfig) else ICMConfig.from_pretrained(config or folder, **fields)

@@ -58,7 +58,7 @@ def resolve(
     """The local folder of a folder, a URL or a Hub repo; what is missing is downloaded.
 
     Args:
-        name (`str` or `Path`): A folder, a URL of one such as `"s3://bucket/loras"`, of which the other arguments say nothing, or
+        name (`str` or `Path`): A folder, a URL of one such as `"s3://bucket/loras"`, of which only `allow_patterns` says something, or
             `"org/name"`.
         revision (`str`, *optional*): Branch, tag or commit.
         token (`str` or `bool`, *optional*): Access token; by default the stored one.
@@ -77,7 +77,7 @@ def resolve(
     if os.path.isdir(name):
         return Path(name)
     if is_url(name):
-        return cached(str(name))
+        return cached(str(name), allow_patterns)
     repo_id, patterns = str(name), list(allow_patterns) if allow_patterns else None
     cache = str(cache_dir or constants.HF_HUB_CACHE)
     silence: Exception | None = None

@@ -162,3 +162,26 @@ def path_from_json(folder: str | os.PathLike[str], name: Any, field: str) -> Pat
         return inside(folder, name)
     except ValueError as error:
         raise ValueError(f"{field} must name something inside {folder}, or an absolute path ({error})") from error
+
+
+def numbered_examples(task: Any, processor: Any, **dataset_kwargs: Any) -> Any:
+    """The `train_dataset` of a task, whose examples are drawn by their number.
+
+    Args:
+        task ([`Task`]): Whose.
+        processor: Of the base model.
+        **dataset_kwargs: For `task.train_dataset`.
+
+    Returns:
+        `Dataset`: Map-style.
+
+    Raises:
+        `ValueError`: If it is a stream.
+    """
+    dataset = task.train_dataset(processor, **dataset_kwargs)
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"train_dataset of task {task.name!r} returns a stream ({type(dataset).__name__}), and examples are drawn by their number:"
+            " return a map-style data set; a datasets.Dataset stays on disk, and of it each process reads its own share."
+        )
+    return dataset

@@ -183,10 +183,10 @@ class Reconstruction:
 
 
 def _split(collection: AdapterCollection, args: ICMTrainingArguments) -> tuple[SnapshotMatrix, SnapshotMatrix]:
-    """Snapshots to train on, and those held out; none is read yet."""
+    """Snapshots to train on, and those held out; of what lies on disk none is read yet."""
     parts: tuple[list[TaskSnapshots], list[TaskSnapshots]] = ([], [])
     for task in collection.tasks:
-        held = held_out_mask(len(collection.snapshots[task]), args.held_out)
+        held = held_out_mask(len(collection.rows(task)), args.held_out)
         for rows, mask in zip(parts, (~held, held), strict=True):
             rows.append(TaskSnapshots(collection.snapshots, task, mask.nonzero()[:, 0].tolist(), collection.layout))
     bound, bars = args.max_memory_bytes, args.process_index == 0 and not args.disable_tqdm

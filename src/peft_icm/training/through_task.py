@@ -25,6 +25,7 @@ from ..generator.configuration_icm import ICMConfig
 from ..generator.modeling_icm import ICMGenerator
 from ..generator.networks import DirectNetwork
 from ..tasks.detection import DetectionTask
+from ..tasks.fields import numbered_examples
 from .arguments import ICMTrainingArguments
 from .conditions import task_conditions
 from .episodes import seeded
@@ -137,7 +138,7 @@ class ThroughTask:
 
     Raises:
         `ValueError`: If the base carries adapters or does not fit the generator's layout, a target of it is no linear layer, a task is of
-            another modality than the encoder and the base, or two tasks have one name.
+            another modality than the encoder and the base, its data set is a stream, or two tasks have one name.
     """
 
     label_names = ("labels",)
@@ -188,7 +189,7 @@ class ThroughTask:
         self.base.to(args.device)  # type: ignore[arg-type]
 
         def episodes(found: Sequence[Any], conditions: list[list[Tensor]]) -> TaskEpisodes:
-            datasets = [task.train_dataset(processor, **args.dataset_kwargs) for task in found]
+            datasets = [numbered_examples(task, processor, **args.dataset_kwargs) for task in found]
             return TaskEpisodes(datasets, conditions, args, self.generator, encoder)
 
         self.means = torch.stack([encoder.average(torch.cat(groups)) for groups in vectors])
