@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..adapters.attach import attach
+from ..figures import plot_bars
 from ..generator.modeling_icm import ICMGenerator
 from ..unknown import UnknownTaskWarning
-from .figures import plot_bars
 
 VARIANTS = ("generated", "pictures", "text_and_pictures", "unseen_phrasing", "wrong_task", "gibberish")
 GIBBERISH = ("xqzv blorf wug nimp", "asdkjh qweoiu zmxncb", "lkj lkj lkj")

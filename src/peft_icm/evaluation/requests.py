@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..adapters.attach import attach
+from ..figures import save_figure
 from ..generator.modeling_icm import ICMGenerator
 from ..generator.requests import scaled
 from ..hub.cards import requests_measured
 from ..unknown import ON_UNKNOWN, UnknownTaskWarning
-from .figures import save_figure
 from .report import Report, rounded, share_of
 
 SOURCES = ("generated", "retrieved")

@@ -21,6 +21,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..adapters.collection import AdapterCollection
 from ..collecting.folder import make_folder
@@ -32,11 +33,15 @@ from ..hub.files import CARD, marked
 from .arguments import ICMTrainingArguments
 from .recipe import keep_others_out, let_others_in
 from .reconstruction import Reconstruction
+from .reporting import ReportFigure
 from .through_task import ThroughTask
 
 
 class RefreshContext(TrainerCallback):
-    """Recomputes the context's pairs, or the spread over the tasks, before the first step of every epoch and once at the end."""
+    """Recomputes the context's pairs, or the spread over the tasks, before the first step of every epoch and once at the end.
+
+    It stands before the callbacks of `report_to`, so that the last evaluation is of their run: they close it when training ends.
+    """
 
     def __init__(self, trainer: ICMTrainer):
         self.trainer = trainer
@@ -52,8 +57,10 @@ class RefreshContext(TrainerCallback):
             self.trainer.refresh_context()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leave the generator with the pairs of its final weights."""
+        """Leave the generator with the pairs of its final weights, and evaluate it."""
         self.trainer.refresh_context()
+        if self.trainer.eval_dataset is not None:
+            self.trainer.measured = self.trainer.evaluate()
 
 
 def _or_the_order_of_0_1_0(init: Callable[..., None]) -> Callable[..., None]:
@@ -85,6 +92,8 @@ class ICMTrainer(Trainer):
     `eval_unseen_loss`, `eval_unseen_shared_loss` (without a condition: one LoRA for all tasks), `eval_unseen_base_loss` (without an
     adapter), all in nats per token, and `eval_unseen_gain`, the first below the second. A generator that was trained by reconstruction may
     be trained on like that, where its layout has linear targets alone.
+
+    To tensorboard, trackio and wandb (`args.report_to`) goes with each evaluation a figure of the tasks that do worst, `eval/tasks`.
 
     Args:
         model ([`ICMGenerator`] or [`ICMConfig`], *optional*): What to train. A config, or nothing, builds a new generator, whose
@@ -135,6 +144,7 @@ class ICMTrainer(Trainer):
                 raise ValueError("ICMTrainer needs collection=, an AdapterCollection with task vectors.")
             self.objective = Reconstruction(model or ICMConfig(), args, collection, encoder)
         self.generator = self.objective.generator
+        self.measured: dict[str, float] = {}  # at the end of training
         evaluated: Any = self.objective.eval_dataset
         if evaluated is None:
             args.eval_strategy = IntervalStrategy.NO
@@ -149,7 +159,8 @@ class ICMTrainer(Trainer):
         )
         self.label_names = list(self.objective.label_names)
         self.model_accepts_loss_kwargs = args.objective == "task"  # its loss is a mean over all tokens of a batch, whoever computes them
-        self.add_callback(RefreshContext(self))
+        self.callback_handler.callbacks.insert(0, RefreshContext(self))
+        self.add_callback(ReportFigure(self))
 
     # ------------------------------------------------------------------ what the objective decides
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -183,6 +194,12 @@ class ICMTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.objective.predict(self, model, inputs)
 
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Keep what [`ReportFigure`] draws: the log takes numbers alone."""
+        found = super().evaluation_loop(dataloader, *args, **kwargs)
+        self.bars = self.objective.bars(dataloader.dataset, found)
+        return found
+
     # ------------------------------------------------------------------ the end
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, then note the facts of the training in the generator's config, for its card.
@@ -197,14 +214,13 @@ class ICMTrainer(Trainer):
         finally:
             self.objective.end()
             let_others_in(self.args.output_dir or ".")
-        metrics = self.evaluate() if self.eval_dataset is not None else {}
         self.generator.config.training = {
             "objective": self.args.objective,  # type: ignore[attr-defined]
             "epochs": self.state.num_train_epochs,
             "steps": self.state.global_step,
             "seed": self.args.seed,
             "learning_rate": self.args.learning_rate,
-            **self.objective.facts(metrics),
+            **self.objective.facts(self.measured),
         }
         return output
 
