@@ -25,6 +25,7 @@ WAITING = 20  # requests in the queue; one is computed at a time
 KEPT_SECONDS = 900  # uploads, downloads and answers
 SESSIONS = 32  # whose last answer is kept
 OPENING = "The history of the town goes back to the thirteenth century, when "
+LIVE = "told"  # what comes here is read out by a screen reader, but for what has aria-live='off'
 UNKNOWN = {
     "warn: the nearest task's adapter": "warn",
     "shrink: as strong as the reading is sure": "shrink",
@@ -122,8 +123,11 @@ def build(service: Service) -> gr.Blocks:
                     unknown = gr.Radio(list(UNKNOWN.items()), value="warn", label="A request that is none of its tasks")
                 go = gr.Button("Generate", variant="primary")
             with gr.Column(scale=3, min_width=300):
-                heard = gr.HTML(label="What was heard")
-                side = gr.HTML("<div class='icm'><p>What is heard, and base and adapted model side by side, come here.</p></div>")
+                heard = gr.HTML(label="What was heard", elem_classes=LIVE)
+                side = gr.HTML(
+                    "<div class='icm'><p>What is heard, and base and adapted model side by side, come here.</p></div>",
+                    elem_classes=LIVE,
+                )
                 with gr.Column(visible=False) as take:
                     code: dict[str, Any] = {
                         "interactive": False,
@@ -132,14 +136,15 @@ def build(service: Service) -> gr.Blocks:
                         "lines": 3,
                         "buttons": ["copy"],
                     }
-                    gr.Code(service.loading_lines(), language="python", label="Three lines that load it", **code)
+                    gr.Code(service.loading_lines(), label="Three lines that load it", **code)
                     pack = gr.Button("Pack the adapter as a zip")
                     packed = gr.File(label="The PEFT folder, zipped", interactive=False, visible=False)
                     with gr.Accordion("Push it to the Hub", open=False):
                         repo_id = gr.Textbox("", label="Repo, such as me/sofa-lora; made private where there is none", max_length=96)
                         token = gr.Textbox("", label="Access token that may write; it is not kept", type="password", max_length=200)
                         send = gr.Button("Push")
-                        pushed = gr.Markdown()
+                        pushed = gr.Markdown(elem_classes=LIVE)
+        page.load(js=f"() => document.querySelectorAll('.{LIVE}').forEach(one => one.ariaLive = 'polite')")
         asked = [text, shown, examples, scene, strength, seed, unknown]
         for start in (go.click, text.submit):
             start(answer, asked, [heard, side, model, take, packed], show_progress_on=side, **one)
@@ -170,6 +175,9 @@ def serving_at(service: Service, *, share: bool = False) -> Iterator[str]:
         page = build(service).queue(max_size=WAITING)
         # A theme of system fonts and no run history: nothing comes from elsewhere, and no browser keeps a token.
         theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+        theme.set(
+            button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700"
+        )  # 5 to 1 for its white
         try:
             _, local, public = page.launch(
                 share=share, prevent_thread_lock=True, quiet=True, footer_links=[], run_history=False, ssr_mode=False, mcp_server=False,
