@@ -7,6 +7,7 @@ import zipfile
 from contextlib import ExitStack
 
 import pytest
+import test_through_task
 from PIL import Image
 
 gradio = pytest.importorskip("gradio", reason="the page's browser tests need gradio: pip install -e '.[test,app]'")
@@ -18,6 +19,7 @@ from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import expect, sync_playwright  # noqa: E402
 
 from peft_icm import ICMGenerator, bundled_generator  # noqa: E402
+from peft_icm.app import serving  # noqa: E402
 from peft_icm.app.page import MAX_FILE_SIZE, serving_at  # noqa: E402
 from peft_icm.app.serving import Service  # noqa: E402
 
@@ -28,8 +30,14 @@ FOREIGN = "knitting patterns for beginners"
 
 
 @pytest.fixture(scope="module")
-def addresses():
-    services = {name: Service(ICMGenerator.from_pretrained(bundled_generator(name))) for name in ("text", "detection")}
+def addresses(tmp_path_factory):
+    """Of the bundled generators, and of one that reads examples of a task and no sentence."""
+    folder = tmp_path_factory.mktemp("llama")
+    trainer = test_through_task.trainer(test_through_task.text_world(folder), folder / "work")
+    trainer.train()
+    services = {"examples": Service(trainer.generator, str(folder))}
+    # The one that pictures are uploaded to is the last: gradio has one folder of uploads in a process.
+    services |= {name: Service(ICMGenerator.from_pretrained(bundled_generator(name))) for name in ("text", "detection")}
     before = os.environ.get("GRADIO_TEMP_DIR")
     with ExitStack() as stack:
         yield {name: stack.enter_context(serving_at(service)) for name, service in services.items()}
@@ -147,6 +155,28 @@ def test_a_bad_file(visit, addresses, tmp_path, content, message):
         assert message in said and "bad.png" in said
     assert "/tmp" not in said and os.environ["GRADIO_TEMP_DIR"] not in said
     expect(page.locator(SIDES)).to_have_count(0)
+
+
+def test_examples_in_the_place_of_a_sentence(visit):
+    page = visit("examples")
+    assert faults(page) == []
+    expect(page.get_by_label("What the adapter is for", exact=True)).to_have_count(0)
+    page.get_by_role("button", name="Generate").click()
+    assert "or show it" in refused(page)
+    page.get_by_label("Examples of the task").fill("Shall I compare thee to a summer's day?\nThou art more lovely.")
+    page.get_by_role("button", name="Generate").click()
+    assert "Adapted: " in answered(page)
+    expect(page.locator(".told p").first).to_contain_text("Taken as it is")
+
+
+def test_a_request_that_takes_too_long_is_stopped_and_the_next_is_answered(visit, monkeypatch):
+    page = visit("detection")
+    monkeypatch.setattr(serving, "SECONDS", 0.0)
+    ask(page, "detect sofas")
+    assert "Stopped after 0 seconds" in refused(page)
+    monkeypatch.undo()
+    ask(page, "detect sofas")
+    answered(page)
 
 
 def test_nothing_is_asked_for(visit):

@@ -10,7 +10,7 @@ from html import escape
 from PIL import Image
 
 from ..generator.reading import Reading
-from .serving import Request, Scene, Token
+from .serving import SECONDS, Request, Scene, Token
 
 BARS = 5  # tasks that are shown
 MOST = 8.0  # nats, of the deepest colour
@@ -145,7 +145,7 @@ def looked_at(scenes: Sequence[Scene], wanted: int) -> str:
     Returns:
         `str`: HTML.
     """
-    late = "" if len(scenes) == wanted else f"<p>After a minute {wanted - len(scenes)} pictures were left out.</p>"
+    late = "" if len(scenes) == wanted else f"<p>After {SECONDS:.0f} seconds {wanted - len(scenes)} pictures were left out.</p>"
     pairs = "".join(_figure("base", scene.picture, scene.base) + _figure("adapted", scene.picture, scene.adapted) for scene in scenes)
     return _panel("What each finds", f"{late}<div class='sides pairs'><h3>Base</h3><h3>Adapted</h3>{pairs}</div>")
 
