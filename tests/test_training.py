@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import READER
+from huggingface_hub.errors import HTTPError
 from tiny import florence_layout, generator, llama_layout
 from transformers import EarlyStoppingCallback
 
@@ -228,6 +230,17 @@ def test_pushes_with_our_card(hub, token, tmp_path):
     assert [message for message in repo.log if message != "initial commit"] == ["End of training"]
     trainer.create_model_card()
     assert "peft_icm" in (tmp_path / "README.md").read_text()
+
+
+def test_who_may_not_push_learns_so_before_the_training(hub, token, tmp_path):
+    options = {"push_to_hub": True, "hub_model_id": "org/trained", "num_train_epochs": 2}
+    with pytest.raises(HTTPError, match="org/trained cannot be pushed to, the Hub answered 403"):
+        ICMTrainer(config(), arguments(tmp_path, hub_token=READER, **options), collection=tiny_collection())
+    assert not hub.repos
+    ICMTrainer(config(), arguments(tmp_path, hub_token=token, **options), collection=tiny_collection())
+    assert hub.repos["models", "org/trained"].log == ["initial commit"]
+    with pytest.raises(HTTPError, match="org/trained cannot be pushed to, the Hub answered 403"):  # of a repo that is there
+        ICMTrainer(config(), arguments(tmp_path, hub_token=READER, **options), collection=tiny_collection())
 
 
 class TestRefusals:

@@ -29,7 +29,7 @@ from ..conditioning import TaskEncoder
 from ..generator.configuration_icm import ICMConfig
 from ..generator.modeling_icm import ICMGenerator
 from ..hub.cards import generator_card
-from ..hub.files import CARD, marked
+from ..hub.files import CARD, check_pushable, marked
 from .arguments import ICMTrainingArguments
 from .recipe import keep_others_out, let_others_in
 from .reconstruction import Reconstruction
@@ -224,17 +224,25 @@ class ICMTrainer(Trainer):
         }
         return output
 
+    def _repo_id(self) -> str:
+        return self.args.hub_model_id or Path(self.args.output_dir or ".").absolute().name
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card of peft_icm in the place of the Trainer's."""
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir or ".")
-            card = generator_card(self.generator.config.to_dict(), repo_id=self.args.hub_model_id or folder.name, folder=folder)
+            card = generator_card(self.generator.config.to_dict(), repo_id=self._repo_id(), folder=folder)
             (folder / CARD).write_text(marked(str(card)), encoding="utf-8")
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Of `args.push_to_hub`: refuse before the training what could not be pushed after it."""
+        if self.is_world_process_zero():
+            check_pushable(self._repo_id(), private=private or self.args.hub_private_repo, token=token or self.args.hub_token)
+        super().init_hf_repo(token, private)
 
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> Any:  # type: ignore[override]
         """Push the generator and its card in one commit; see [`ICMGenerator.push_to_hub`]."""
         if not self.is_world_process_zero():
             return None
-        repo_id = self.args.hub_model_id or Path(self.args.output_dir or ".").name
         options = {"private": self.args.hub_private_repo, "token": self.args.hub_token, **kwargs}
-        return self.generator.push_to_hub(repo_id, commit_message=commit_message or "End of training", **options)
+        return self.generator.push_to_hub(self._repo_id(), commit_message=commit_message or "End of training", **options)
