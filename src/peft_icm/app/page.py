@@ -122,7 +122,7 @@ def build(service: Service) -> gr.Blocks:
                 scene: Any
                 if service.detects:
                     label = f"Pictures to look at (up to {serving.MAX_SCENES}, 10 MB each); without any, bundled ones"
-                    scene = gr.File(label=label, file_count="multiple", file_types=["image"], height=130)
+                    scene = gr.File(label=label, file_count="multiple", file_types=["image"], height=180)
                 else:
                     label = f"Text to go on from (its last {serving.MAX_TEXT:,} characters are read)"
                     scene = gr.Textbox(label=label, value=OPENING, lines=4, max_lines=12)
