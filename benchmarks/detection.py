@@ -31,7 +31,7 @@ from peft_icm.bundled import bundled_folder
 from peft_icm.conditioning import HiddenStateEncoder
 from peft_icm.demo.run import TABLE_1
 from peft_icm.evaluation.detection import cross_detection
-from peft_icm.evaluation.figures import plot_detections, plot_task_vectors, save_figure
+from peft_icm.figures import plot_detections, plot_task_vectors, save_figure
 from peft_icm.tasks.annotated_images import AnnotatedImage, crops, load_coco
 from peft_icm.tasks.average_precision import mean_average_precision
 from peft_icm.tasks.detection import detect

@@ -17,7 +17,7 @@ from transformers import AutoProcessor
 from peft_icm import CollectingArguments, ICMConfig, ICMGenerator, ICMTrainer, ICMTrainingArguments, collect, evaluate_detection
 from peft_icm.bundled import bundled_encoder, bundled_folder
 from peft_icm.conditioning import ClipEncoder
-from peft_icm.evaluation.figures import plot_task_vectors
+from peft_icm.figures import plot_task_vectors
 from peft_icm.tasks.annotated_images import crops, load_coco
 from peft_icm.tasks.detection import detection_tasks
 

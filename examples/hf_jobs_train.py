@@ -13,9 +13,10 @@ two repos is for `peft-icm train`; its --token is for all three steps.
 import argparse
 import sys
 
-from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 
 from peft_icm.cli import main, parse
+from peft_icm.hub.files import check_pushable
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("collection", help="Hub id of an adapter collection, which peft-icm collect made and peft-icm push uploaded")
@@ -24,6 +25,9 @@ parser.add_argument("options", nargs=argparse.REMAINDER, help="of peft-icm train
 args = parser.parse_args()
 train = ["train", args.collection, "-o", "generator", *args.options]
 told = parse(train)
-HfApi(token=told.token).create_repo(args.repo_id, private=True, exist_ok=True)  # who may not create it learns so before the training
+try:
+    check_pushable(args.repo_id, private=True, token=told.token)  # who may not write to it learns so before the training
+except (ValueError, OSError, HTTPError) as error:
+    sys.exit(f"hf_jobs_train.py: error: {error}")
 push = ["push", told.output, args.repo_id, "--private", *(["--token", told.token] if told.token else [])]
 sys.exit(main(train) or main(push))

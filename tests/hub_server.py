@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_test_token"
+READER = "hf_read_token"  # may read everything and write nothing
 
 
 @dataclass
@@ -101,7 +102,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def signed_in(self) -> bool:
-        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        return self.headers.get("Authorization") in (f"Bearer {TOKEN}", f"Bearer {READER}")
+
+    @property
+    def only_reads(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {READER}"
 
     def repo(self, kind: str, name: str) -> Repo | None:
         """The repo, if whoever asks may know of it."""
@@ -124,6 +129,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.info(*match.groups())
         elif match := re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)/tree/([^/]+)", path):
             self.tree(*match.groups())
+        elif match := re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)/auth-check/write", path):
+            if self.repo(*match.groups()):
+                self.answer({}) if self.signed_in and not self.only_reads else self.fail(403, "Forbidden")
         elif match := re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)", path):
             self.info(*match.groups(), "main")
         elif match := re.fullmatch(r"/(?:(datasets|spaces)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -142,6 +150,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer({"errors": [], "warnings": []})
         if not self.signed_in:
             return self.fail(401, "Unauthorized")
+        if self.only_reads:
+            return self.fail(403, "Forbidden")
         if path == "/api/repos/create":
             return self.create(json.loads(body))
         if match := re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)/preupload/(.+)", path):

@@ -8,9 +8,12 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 import weakref
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -166,6 +169,40 @@ class TestLooking:
         service = services["detection"]
         assert service.shows == ("images",)
         assert service.hear(Request(images=tuple(serving.scenes(None)))) is not None
+
+
+class TestTime:
+    def test_a_request_is_stopped_before_the_next_layer_and_the_page_goes_on(self, services):
+        for name, service in services.items():
+            request = Request(SENTENCES[name])
+            model = service.adapt(request)
+
+            def show(service=service, model=model):
+                return service.look(model, serving.scenes(None)) if service.detects else service.go_on(model, OPENING, seed=0)
+
+            for work in (partial(service.hear, request), partial(service.adapt, request), show):
+                with pytest.raises(TimeoutError, match="Stopped after 60 seconds"), serving.stopped_at(time.monotonic()):
+                    work()
+                work()
+
+    @pytest.mark.slow
+    def test_pictures_that_were_ready_are_shown(self, services):
+        service = services["detection"]
+        model = service.adapt(Request(SENTENCES["detection"]))
+        end = time.monotonic() + 10
+
+        class Slow(list):
+            def __iter__(self):
+                yield self[0]
+                time.sleep(max(0.0, end - time.monotonic()))
+                yield self[1]
+
+        with serving.stopped_at(end):
+            assert len(service.look(model, Slow(serving.scenes(None)[:2]))) == 1
+
+    def test_others_are_not_stopped(self, text):
+        with serving.stopped_at(time.monotonic()), ThreadPoolExecutor(1) as other:
+            assert other.submit(text.hear, Request("a novel")).result() is not None
 
 
 class TestLeaving:
@@ -325,3 +362,15 @@ def test_without_gradio_one_line_says_what_to_install(monkeypatch, capsys):
     assert capsys.readouterr().err.strip() == (
         "peft-icm: error: The page needs gradio, which is not installed: pip install 'peft-icm[app]'."
     )
+
+
+@pytest.mark.slow
+def test_without_gradios_servers_one_line_says_so(tmp_path):
+    pytest.importorskip("gradio", reason="--share needs gradio: pip install -e '.[app]'")
+    nowhere = {name: "http://127.0.0.1:9" for name in ("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy")}
+    env = {**os.environ, **nowhere, "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
+    command = [sys.executable, "-m", "peft_icm.cli", "app", "bundled:text", "--share"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=env)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.splitlines()[-1].startswith("peft-icm: error: Gradio's servers gave no public address")
+    assert "Traceback" not in ran.stderr and not list(tmp_path.iterdir())

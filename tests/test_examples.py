@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from hub_server import READER
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
@@ -101,5 +102,10 @@ def test_hf_jobs_train_refuses_before_it_trains(hub, token, tmp_path):
     AdapterCollection.from_pretrained(bundled_folder("text") / "own").push_to_hub("me/loras", token=token, private=False)
     hub.requests.clear()
     assert "401" in run("hf_jobs_train.py", tmp_path, "me/loras", "me/generator", "--token", "hf_wrong", code=1, **here)
+    AdapterCollection.from_pretrained(bundled_folder("text") / "own").push_to_hub("me/there", token=token)
+    hub.requests.clear()
+    told = run("hf_jobs_train.py", tmp_path, "me/loras", "me/there", "--token", READER, code=1, **here)
+    assert told.splitlines()[-1].startswith("hf_jobs_train.py: error: Nothing was done, me/there cannot be pushed to, the Hub answered 403")
+    assert "Traceback" not in told
     assert "unrecognized arguments: --epochs" in run("hf_jobs_train.py", tmp_path, "--epochs", "2", "me/loras", "me/g", code=2, **here)
     assert hub.requests and not any("loras" in path for _, path in hub.requests) and not list(tmp_path.glob("generator*"))

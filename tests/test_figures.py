@@ -7,7 +7,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from PIL import Image
 
-from peft_icm.evaluation.figures import plot_bars, plot_detections, plot_task_vectors
+from peft_icm.figures import plot_bars, plot_detections, plot_task_vectors
 from peft_icm.tasks.annotated_images import AnnotatedImage
 
 BLUE = (20, 40, 200)

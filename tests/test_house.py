@@ -13,7 +13,7 @@ import peft_icm
 SOURCE = Path(peft_icm.__file__).parent
 # From the ground up; a room imports only from floors below its own, or from itself.
 FLOORS = [
-    {"disk", "pictures", "bundled", "unknown", "launching"},
+    {"disk", "pictures", "figures", "bundled", "unknown", "launching"},
     {"remote"},
     {"hub"},
     {"tasks", "conditioning"},

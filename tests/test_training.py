@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import READER
+from huggingface_hub.errors import HTTPError
 from tiny import florence_layout, generator, llama_layout
 from transformers import EarlyStoppingCallback
 
@@ -219,19 +221,6 @@ def test_the_kl_weight_rises(tmp_path):
     assert losses == pytest.approx([0, 0.5, 1, 1], abs=1e-3)
 
 
-def test_our_metrics_reach_tensorboard(tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "log"))
-    args = arguments(tmp_path, num_train_epochs=4, logging_steps=2, eval_strategy="epoch", report_to=["tensorboard"])
-    trainer = ICMTrainer(config(), args, collection=tiny_collection())
-    trainer.train()
-    logged = {name for file in (tmp_path / "log").glob("events.*") for name in EventAccumulator(str(file)).Reload().Tags()["scalars"]}
-    told = {name for row in trainer.state.log_history for name in row if name.startswith("eval_")}
-    assert told and {f"eval/{name.removeprefix('eval_')}" for name in told} <= logged
-    assert "train/kl" in logged, logged
-
-
 def test_pushes_with_our_card(hub, token, tmp_path):
     args = arguments(tmp_path, num_train_epochs=2, hub_model_id="org/trained", hub_token=token)
     trainer = ICMTrainer(config(), args, collection=tiny_collection())
@@ -244,6 +233,17 @@ def test_pushes_with_our_card(hub, token, tmp_path):
     assert [message for message in repo.log if message != "initial commit"] == ["End of training"]
     trainer.create_model_card()
     assert "peft_icm" in (tmp_path / "README.md").read_text()
+
+
+def test_who_may_not_push_learns_so_before_the_training(hub, token, tmp_path):
+    options = {"push_to_hub": True, "hub_model_id": "org/trained", "num_train_epochs": 2}
+    with pytest.raises(HTTPError, match="org/trained cannot be pushed to, the Hub answered 403"):
+        ICMTrainer(config(), arguments(tmp_path, hub_token=READER, **options), collection=tiny_collection())
+    assert not hub.repos
+    ICMTrainer(config(), arguments(tmp_path, hub_token=token, **options), collection=tiny_collection())
+    assert hub.repos["models", "org/trained"].log == ["initial commit"]
+    with pytest.raises(HTTPError, match="org/trained cannot be pushed to, the Hub answered 403"):  # of a repo that is there
+        ICMTrainer(config(), arguments(tmp_path, hub_token=READER, **options), collection=tiny_collection())
 
 
 class TestRefusals:

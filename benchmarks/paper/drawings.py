@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peft_icm.evaluation.figures import plot_detections, plot_task_vectors, save_figure
+from peft_icm.figures import plot_detections, plot_task_vectors, save_figure
 from peft_icm.tasks.annotated_images import AnnotatedImage
 
 from .ablations import states

@@ -17,7 +17,7 @@ from torch import Tensor
 from peft_icm import ICMGenerator
 from peft_icm.bundled import bundled_requests
 from peft_icm.conditioning.phrasings import phrasings
-from peft_icm.evaluation.figures import plot_bars
+from peft_icm.figures import plot_bars
 from peft_icm.generator.condition_space import ConditionSpace
 from peft_icm.generator.reading import Reader
 from peft_icm.training.conditions import sentences_of, unheard

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from benchmarks.paper.dry_run import LLAMA, DryRunSettings, dry_run
 from peft_icm import ICMGenerator
 from peft_icm.baselines.compression import quantize
-from peft_icm.evaluation.figures import save_figure
+from peft_icm.figures import save_figure
 
 from .stages import GIB, STAGES, Case
 

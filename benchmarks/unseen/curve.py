@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.unseen.language import LanguageWorld
 from benchmarks.unseen.results import RESULTS, provenance
 from peft_icm.conditioning import JoinedEncoder
-from peft_icm.evaluation.figures import save_figure
+from peft_icm.figures import save_figure
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "build_demo"))
 from demo_bundle import task_encoder

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from peft_icm.evaluation.figures import plot_bars
+from peft_icm.figures import plot_bars
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -10,7 +10,7 @@ from html import escape
 from PIL import Image
 
 from ..generator.reading import Reading
-from .serving import Request, Scene, Token
+from .serving import SECONDS, Request, Scene, Token
 
 BARS = 5  # tasks that are shown
 MOST = 8.0  # nats, of the deepest colour
@@ -24,13 +24,15 @@ VERDICTS = {
 CSS = """
 .gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
 .icm { color: #1c1917; background: #fff; border: 1px solid #d6d3d1; border-radius: 8px; padding: 14px 16px; line-height: 1.5; }
-.icm h3 { font-size: 1rem; font-weight: 600; margin: 0 0 6px; color: #1c1917; }
+.icm :is(h2, h3) { font-size: 1rem; font-weight: 600; margin: 0 0 6px; color: #1c1917; }
 .icm p { margin: 0 0 8px; color: #1c1917; }
+.icm b { color: inherit !important; }
 .icm .muted { color: #57534e; font-size: .875rem; }
 .icm .known, .icm .unknown { display: inline-block; border-radius: 999px; padding: 0 10px; font-weight: 600; font-size: .875rem; }
 .icm .known { background: #dcfce7; color: #14532d; }
 .icm .unknown { background: #ffedd5; color: #7c2d12; }
 .gradio-container .html-container { padding: 0 !important; }
+.gradio-container .or { color: inherit !important; }
 .icm table { width: 100%; border-collapse: collapse; margin: 0; }
 .icm table, .icm tr { border: 0 !important; }
 .icm table.bars th { width: 34%; }
@@ -74,17 +76,18 @@ def heard(reading: Reading | None, request: Request) -> str:
             "Heard", "<p>Taken as it is: of pictures and examples this generator does not tell whether they are of its tasks.</p>"
         )
     verdict = "<span class='known'>known</span>" if reading.known else "<span class='unknown'>unknown</span>"
-    said = f"<p role='status'>{verdict} <b>{escape(reading.task)}</b>: {escape(reading.description)}</p>"
+    said = f"<p>{verdict} <b>{escape(reading.task)}</b>: {escape(reading.description)}</p>"
     if not reading.known:
         said += f"<p>This is none of the generator's tasks; {VERDICTS[request.on_unknown]}</p>"
     if request.on_unknown == "shrink":
         said += f"<p class='muted'>Strength {request.strength * reading.worth:.2f}: {request.strength:.2f} times what it is worth.</p>"
     rows = "".join(_bar(name, share) for name, share in list(reading.tasks.items())[:BARS])
     if reading.threshold is None:
-        return _panel("Heard", said + f"<table class='bars'>{rows}</table><p class='muted'>Without a threshold every request is known.</p>")
-    rows += _bar("familiarity", reading.familiarity, "familiarity", reading.threshold)
-    rows += f"<tr><th scope='row'>threshold</th><td>where known begins</td><td class='number'>{reading.threshold:.2f}</td></tr>"
-    return _panel("Heard", f"{said}<table class='bars'>{rows}</table>")
+        said += "<p class='muted'>Without a threshold every request is known.</p>"
+    else:
+        rows += _bar("familiarity", reading.familiarity, "familiarity", reading.threshold)
+        rows += f"<tr><th scope='row'>threshold</th><td>where known begins</td><td class='number'>{reading.threshold:.2f}</td></tr>"
+    return _panel("Heard", f"{said}<table class='bars' aria-live='off'>{rows}</table>")
 
 
 def _bar(name: str, share: float, kind: str = "", threshold: float | None = None) -> str:
@@ -121,7 +124,7 @@ def _side(name: str, tokens: Sequence[Token]) -> str:
     rows = "".join(f"<tr><td>{escape(repr(token.text)[1:-1])}</td><td class='number'>{token.nats:.2f}</td></tr>" for token in tokens)
     return (
         f"<section aria-label='{name}'><h3>{name}: {sum(given) / len(given):.2f} nats a token of the text</h3>"
-        f"<div class='tokens'>{shown}</div><details><summary>{name}: nats of each token</summary>"
+        f"<div class='tokens' aria-live='off'>{shown}</div><details aria-live='off'><summary>{name}: nats of each token</summary>"
         f"<div class='numbers' tabindex='0' role='region' aria-label='{name}: nats of each token'>"
         f"<table><tr><th scope='col'>token</th><th scope='col'>nats</th></tr>{rows}</table></div></details></section>"
     )
@@ -142,7 +145,7 @@ def looked_at(scenes: Sequence[Scene], wanted: int) -> str:
     Returns:
         `str`: HTML.
     """
-    late = "" if len(scenes) == wanted else f"<p>After a minute {wanted - len(scenes)} pictures were left out.</p>"
+    late = "" if len(scenes) == wanted else f"<p>After {SECONDS:.0f} seconds {wanted - len(scenes)} pictures were left out.</p>"
     pairs = "".join(_figure("base", scene.picture, scene.base) + _figure("adapted", scene.picture, scene.adapted) for scene in scenes)
     return _panel("What each finds", f"{late}<div class='sides pairs'><h3>Base</h3><h3>Adapted</h3>{pairs}</div>")
 
@@ -161,9 +164,9 @@ def _figure(name: str, picture: Image.Image, found: Sequence[tuple[str, float, l
     return (
         f"<figure><svg viewBox='0 0 {width} {height}' role='img' aria-label='{name} found: {told}'>"
         f"<image href='data:image;base64,{data}' width='{width}' height='{height}'/>{boxes}</svg>"
-        f"<figcaption>{told}</figcaption></figure>"
+        f"<figcaption aria-hidden='true'>{told}</figcaption></figure>"
     )
 
 
 def _panel(title: str, content: str) -> str:
-    return f"<div class='icm'><h3>{title}</h3>{content}</div>"
+    return f"<div class='icm'><h2>{title}</h2>{content}</div>"

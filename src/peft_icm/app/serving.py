@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoProcessor, PreTrainedModel
 
 from ..adapters.base import load_base, share_tensors
@@ -39,7 +40,8 @@ MAX_SCENES = 4  # pictures that are looked at
 SHOWN = 3  # bundled scenes that are looked at where there are none of the user's own
 SIDE = 1024  # pixels, the longer side of a picture that is looked at
 NEW_TOKENS = 60
-SECONDS = 60.0  # after which no token and no picture is begun
+SECONDS = 60.0  # after which a request is stopped
+WRITING = 20.0  # seconds after which base or adapted model begins no token of a continuation; what they wrote is shown
 MAX_SEED = 2**63 - 1
 
 
@@ -142,6 +144,11 @@ class Service:
         """What may stand in the place of a sentence, or beside it: `"images"`, `"examples"`."""
         return tuple(name for name in self.generator.encoder.accepts if name != "text")
 
+    @property
+    def reads(self) -> bool:
+        """Whether it may be asked in a sentence."""
+        return "text" in self.generator.encoder.accepts
+
     def hear(self, request: Request) -> Reading | None:
         """What the generator hears in a request; `None` where it takes it as it is, without telling.
 
@@ -177,7 +184,7 @@ class Service:
             seed (`int`): Of the continuation.
 
         Returns:
-            `list[Token]`: The text's, then those that the model wrote: 60, or as many as it could in a minute.
+            `list[Token]`: The text's, then those that the model wrote: 60, or as many as it could in 20 seconds.
 
         Raises:
             `ValueError`: If there is no text, or the tokenizer has neither BOS nor EOS to put before it.
@@ -195,7 +202,7 @@ class Service:
             torch.manual_seed(seed)
             tokens = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.7, max_new_tokens=NEW_TOKENS,
-                max_time=SECONDS, pad_token_id=tokenizer.eos_token_id,
+                max_time=WRITING, pad_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
         nats = F.cross_entropy(model(input_ids=tokens).logits[0, :-1].float(), tokens[0, 1:], reduction="none")
         return _pieces(tokenizer, tokens[0, 1:].tolist(), nats.tolist(), len(own))
@@ -208,20 +215,24 @@ class Service:
             pictures (`Sequence[PIL.Image.Image]`): One to four; made smaller where a side is longer than 1,024 pixels.
 
         Returns:
-            `list[Scene]`: Of those that were begun within a minute.
+            `list[Scene]`: Of those that were ready when [`stopped_at`] stopped the others.
 
         Raises:
             `ValueError`: If there are more than four.
+            `TimeoutError`: If not one was ready.
         """
         if len(pictures) > MAX_SCENES:
             raise ValueError(f"{len(pictures)} pictures are to be looked at: at most {MAX_SCENES} are.")
-        scenes, until = [], time.monotonic() + SECONDS
+        scenes: list[Scene] = []
         for picture in pictures:
-            if time.monotonic() > until:
-                break
             small = picture.copy()
             small.thumbnail((SIDE, SIDE))
-            base, adapted = (_found(detect(one, self.processor, small, progress=False)[0]) for one in (self.base, model))
+            try:
+                base, adapted = (_found(detect(one, self.processor, small, progress=False)[0]) for one in (self.base, model))
+            except TimeoutError:
+                if not scenes:
+                    raise
+                break
             scenes.append(Scene(small, base, adapted))
         return scenes
 
@@ -232,6 +243,29 @@ class Service:
             f"from peft import PeftModel\nfrom transformers import {kind}\n"
             f'model = PeftModel.from_pretrained({kind}.from_pretrained("{base}"), "adapter")'
         )
+
+
+@contextmanager
+def stopped_at(moment: float) -> Iterator[None]:
+    """Whatever models compute in this thread is stopped at a moment, before the next of their layers.
+
+    Args:
+        moment (`float`): Of `time.monotonic()`.
+
+    Raises:
+        `TimeoutError`: If it comes.
+    """
+    own = threading.get_ident()
+
+    def check(*_: Any) -> None:
+        if threading.get_ident() == own and time.monotonic() > moment:
+            raise TimeoutError(f"Stopped after {SECONDS:.0f} seconds: try a shorter text, or fewer or smaller pictures.")
+
+    hook = register_module_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def push(model: PeftModel, repo_id: str, token: str) -> str:

@@ -20,10 +20,10 @@ from ..adapters.saving import save_adapter
 from ..bundled import bundled_folder, bundled_requests
 from ..disk import replacing_file
 from ..evaluation.detection import DetectionEvaluation, class_precision
-from ..evaluation.figures import plot_detections
 from ..evaluation.report import VARIANTS, Report
 from ..evaluation.requests import evaluate_requests, load_requests
 from ..evaluation.text import Evaluation
+from ..figures import plot_detections
 from ..generator.modeling_icm import ICMGenerator
 from ..tasks import load_tasks
 from ..tasks.annotated_images import crops

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..adapters.collection import AdapterCollection
 from ..adapters.fidelity import cosine, distances, norms
 from ..baselines.base import AdapterSource
+from ..figures import plot_bars
 from ..launching.arguments import HERE, LaunchArguments
 from ..launching.launchers import check_launcher, launch
-from .figures import plot_bars
 
 _DIGITS = 6  # below lies what a difference of equal norms leaves (see fidelity.distances)
 _HELD = 2**28  # numbers of the adapters that are held while those of all tasks pass by: 1 GiB in fp32

@@ -18,11 +18,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..adapters.attach import attach
+from ..figures import plot_bars
 from ..generator.modeling_icm import ICMGenerator
 from ..launching.arguments import HERE, LaunchArguments
 from ..launching.launchers import check_launcher, launch
 from ..unknown import UnknownTaskWarning
-from .figures import plot_bars
 
 VARIANTS = ("generated", "pictures", "text_and_pictures", "unseen_phrasing", "wrong_task", "gibberish")
 GIBBERISH = ("xqzv blorf wug nimp", "asdkjh qweoiu zmxncb", "lkj lkj lkj")

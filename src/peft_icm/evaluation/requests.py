@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..adapters.attach import attach
+from ..figures import save_figure
 from ..generator.modeling_icm import ICMGenerator
 from ..generator.reading import Reading
 from ..generator.requests import scaled
@@ -25,7 +26,6 @@ from ..hub.cards import requests_measured
 from ..launching.arguments import HERE, LaunchArguments
 from ..launching.launchers import check_launcher, launch
 from ..unknown import ON_UNKNOWN, UnknownTaskWarning
-from .figures import save_figure
 from .report import Report, model_to_score, rounded, share_of
 
 SOURCES = ("generated", "retrieved")

@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from json import JSONDecodeError
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypedDict
@@ -184,7 +185,7 @@ def push_folder(
             made.data["tags"] = list(dict.fromkeys([*(made.data.get("tags") or []), *(tags or [])])) or None
         (folder / CARD).write_text(marked(str(made)) if own is None else own, encoding="utf-8", newline="\n")
         _check_no_local_paths(folder, by_hand=own is not None)
-        try:
+        with _refusals(f"{repo_id} was not pushed"):
             sdk = "gradio" if repo_type == "space" else None
             repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk).repo_id
             if revision and not create_pr:
@@ -200,13 +201,40 @@ def push_folder(
                 revision=revision,
                 create_pr=create_pr,
             )
-        except (HTTPError, JSONDecodeError, RuntimeError) as error:
-            # Where a file is not taken, huggingface_hub raises a RuntimeError from what the Hub answered.
-            answer = error.__cause__ if isinstance(error, RuntimeError) else error
-            if not isinstance(answer, HTTPError | JSONDecodeError):
-                raise
-            line = f"{repo_id} was not pushed, {what_it_answered(answer)}"
-            raise (type(answer)(line, response=answer.response) if isinstance(answer, HfHubHTTPError) else OSError(line)) from error
+
+
+def check_pushable(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> None:
+    """Refuse before the work what could not be pushed after it.
+
+    Args:
+        repo_id (`str`): `"org/name"` of a model; created where it does not exist.
+        private (`bool`, *optional*): Create a private repo.
+        token (`str` or `bool`, *optional*): Access token; by default the stored one.
+
+    Raises:
+        `ValueError`: If `repo_id` cannot be one.
+        `huggingface_hub.errors.HfHubHTTPError`: One line: the Hub lets nobody with this token create the repo, or write to it.
+        `OSError`: One line: the Hub does not answer.
+    """
+    validate_repo_id(repo_id)
+    api = HfApi(token=token)
+    with _refusals(f"Nothing was done, {repo_id} cannot be pushed to"):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        api.auth_check(repo_id, write=True)  # of a repo that is there, create_repo asks no right to write
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """What a Hub answers, as one line."""
+    try:
+        yield
+    except (HTTPError, JSONDecodeError, RuntimeError) as error:
+        # Where a file is not taken, huggingface_hub raises a RuntimeError from what the Hub answered.
+        answer = error.__cause__ if isinstance(error, RuntimeError) else error
+        if not isinstance(answer, HTTPError | JSONDecodeError):
+            raise
+        line = f"{what}, {what_it_answered(answer)}"
+        raise (type(answer)(line, response=answer.response) if isinstance(answer, HfHubHTTPError) else OSError(line)) from error
 
 
 def _edited_on_the_hub(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> bool:

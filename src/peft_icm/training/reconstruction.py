@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..adapters.collection import AdapterCollection
 from ..adapters.snapshots import SnapshotMatrix, TaskSnapshots
@@ -23,6 +24,7 @@ from .arguments import ICMTrainingArguments
 from .conditions import Conditions, training_conditions
 from .episodes import EpisodeDataset, EpisodeSampler, held_out_mask
 from .reading import indices, threshold_facts
+from .reporting import Bars
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +167,15 @@ class Reconstruction:
         if metrics["kl"] < COLLAPSED:
             logger.warning("The posterior has collapsed: held-out KL is %.4f nats, z is ignored. Lower kl_weight.", metrics["kl"])
         return metrics
+
+    def bars(self, dataset: EpisodeDataset, found: EvalLoopOutput) -> Bars:
+        """The variance explained of each task that has held-out snapshots, from the posterior, the prior and z = 0."""
+        sizes = [len(part) for part in dataset.snapshots]
+        mse, prior, zero, _, variance, _ = (torch.as_tensor(part).split(sizes) for part in found.predictions)
+        tasks = [task for task, size in enumerate(sizes) if size]
+        kinds = {"posterior": mse, "z ~ N(0, I)": prior, "z = 0": zero}
+        explained = {kind: torch.stack([1 - rows[task].mean() / variance[task].mean() for task in tasks]) for kind, rows in kinds.items()}
+        return [self.collection.tasks[task] for task in tasks], explained, "variance explained"
 
     def facts(self, metrics: dict[str, float]) -> dict[str, Any]:
         """What the card says of the data and of what was measured on it."""

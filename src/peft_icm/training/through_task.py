@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import AutoConfig, AutoProcessor, EvalPrediction, PreTrainedModel, ProcessorMixin, Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..adapters.base import base_class, check_bare
 from ..adapters.examples import collate, example_losses
@@ -30,6 +31,7 @@ from .arguments import ICMTrainingArguments
 from .conditions import task_conditions
 from .episodes import seeded
 from .reading import fit_text_reader
+from .reporting import Bars
 from .sharding import shard
 
 EVALUATED = 16  # examples of each task that nothing is trained on
@@ -41,32 +43,37 @@ class TaskEpisodes(Dataset[dict[str, Tensor]]):
     """Examples of tasks, each with a condition of its task, as a function of (seed, epoch, position) alone.
 
     Args:
+        names (`list[str]`): Of the tasks.
         datasets (`list[Dataset]`): Examples of each task: dicts of tensors as the base takes them, with `labels`.
         vectors (`list[list[Tensor]]`): Of each task its task vectors `[m, d]`, one tensor for each thing that can be given: sentences,
             pictures, examples.
         args ([`ICMTrainingArguments`]): Seed, handful, noise, dropout.
         generator ([`ICMGenerator`]): Its latent size and what its condition space takes for noise.
         encoder (`TaskEncoder`): How it averages.
+        evaluate (`bool`, defaults to `False`): 16 examples of each task are one round; else whole batches, of every task once at least.
     """
 
     def __init__(
         self,
+        names: list[str],
         datasets: list[Any],
         vectors: list[list[Tensor]],
         args: ICMTrainingArguments,
         generator: ICMGenerator,
         encoder: TaskEncoder,
+        evaluate: bool = False,
     ):
-        self.datasets, self.vectors, self.args, self.encoder = datasets, vectors, args, encoder
+        self.names, self.datasets, self.vectors, self.args, self.encoder = names, datasets, vectors, args, encoder
         self.latent_size, self.no_condition = generator.config.latent_size, generator.no_condition.cpu()
         # Copies: samples are made on the CPU, wherever the generator is.
         self.space, self.deviation = copy.deepcopy(generator.space), generator.statistics.condition_std.cpu()
         if self.space is not None:
             self.space.cpu()
-        self.batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        self.length = len(datasets) * EVALUATED if evaluate else -(-len(datasets) // batch) * batch
 
     def __len__(self) -> int:
-        return -(-len(self.datasets) // self.batch) * self.batch
+        return self.length
 
     def __getitem__(self, key: Key) -> dict[str, Tensor]:
         epoch, position, task = key
@@ -110,7 +117,7 @@ class TaskSampler(Sampler[Key]):
         self.epoch = -1 if self.evaluate else epoch
 
     def __len__(self) -> int:
-        return len(self.dataset.datasets) * EVALUATED if self.evaluate else len(self.dataset)
+        return len(self.dataset)
 
     def __iter__(self) -> Iterator[Key]:
         count = len(self.dataset.datasets)
@@ -188,13 +195,13 @@ class ThroughTask:
             shard(self.base, args)
         self.base.to(args.device)  # type: ignore[arg-type]
 
-        def episodes(found: Sequence[Any], conditions: list[list[Tensor]]) -> TaskEpisodes:
+        def episodes(found: Sequence[Any], conditions: list[list[Tensor]], evaluate: bool = False) -> TaskEpisodes:
             datasets = [numbered_examples(task, processor, **args.dataset_kwargs) for task in found]
-            return TaskEpisodes(datasets, conditions, args, self.generator, encoder)
+            return TaskEpisodes([task.name for task in found], datasets, conditions, args, self.generator, encoder, evaluate)
 
         self.means = torch.stack([encoder.average(torch.cat(groups)) for groups in vectors])
         self.train_dataset = episodes(self.tasks, vectors)
-        self.eval_dataset = {"unseen": episodes(eval_tasks, unseen)} if eval_tasks else None
+        self.eval_dataset = {"unseen": episodes(eval_tasks, unseen, evaluate=True)} if eval_tasks else None
 
     def sampler(self, dataset: Any, evaluate: bool = False) -> TaskSampler:
         """The order of the tasks."""
@@ -254,6 +261,13 @@ class ThroughTask:
         tokens = torch.as_tensor(prediction.label_ids).sum()
         own, shared, base = (float(torch.as_tensor(part).sum() / tokens) for part in prediction.predictions)
         return {"loss": own, "shared_loss": shared, "base_loss": base, "gain": shared - own}
+
+    def bars(self, dataset: TaskEpisodes, found: EvalLoopOutput) -> Bars:
+        """What each task's adapter, and the one without a condition, gain over the base."""
+        parts = (*found.predictions, found.label_ids)
+        own, shared, base, tokens = (torch.as_tensor(part).view(-1, EVALUATED).sum(1) for part in parts)
+        gains = {"own condition": (base - own) / tokens, "no condition": (base - shared) / tokens}
+        return dataset.names, gains, "gain over the base (nats per token)"
 
     def facts(self, metrics: dict[str, float]) -> dict[str, Any]:
         """What the card says of the data and of what was measured on it."""

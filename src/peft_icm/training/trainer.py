@@ -21,6 +21,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..adapters.collection import AdapterCollection
 from ..collecting.folder import make_folder
@@ -28,15 +29,19 @@ from ..conditioning import TaskEncoder
 from ..generator.configuration_icm import ICMConfig
 from ..generator.modeling_icm import ICMGenerator
 from ..hub.cards import generator_card
-from ..hub.files import CARD, marked
+from ..hub.files import CARD, check_pushable, marked
 from .arguments import ICMTrainingArguments
 from .recipe import keep_others_out, let_others_in
 from .reconstruction import Reconstruction
+from .reporting import ReportFigure
 from .through_task import ThroughTask
 
 
 class RefreshContext(TrainerCallback):
-    """Recomputes the context's pairs, or the spread over the tasks, before the first step of every epoch and once at the end."""
+    """Recomputes the context's pairs, or the spread over the tasks, before the first step of every epoch and once at the end.
+
+    It stands before the callbacks of `report_to`, so that the last evaluation is of their run: they close it when training ends.
+    """
 
     def __init__(self, trainer: ICMTrainer):
         self.trainer = trainer
@@ -52,8 +57,10 @@ class RefreshContext(TrainerCallback):
             self.trainer.refresh_context()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leave the generator with the pairs of its final weights."""
+        """Leave the generator with the pairs of its final weights, and evaluate it."""
         self.trainer.refresh_context()
+        if self.trainer.eval_dataset is not None:
+            self.trainer.measured = self.trainer.evaluate()
 
 
 def _or_the_order_of_0_1_0(init: Callable[..., None]) -> Callable[..., None]:
@@ -85,6 +92,8 @@ class ICMTrainer(Trainer):
     `eval_unseen_loss`, `eval_unseen_shared_loss` (without a condition: one LoRA for all tasks), `eval_unseen_base_loss` (without an
     adapter), all in nats per token, and `eval_unseen_gain`, the first below the second. A generator that was trained by reconstruction may
     be trained on like that, where its layout has linear targets alone.
+
+    To tensorboard, trackio and wandb (`args.report_to`) goes with each evaluation a figure of the tasks that do worst, `eval/tasks`.
 
     Args:
         model ([`ICMGenerator`] or [`ICMConfig`], *optional*): What to train. A config, or nothing, builds a new generator, whose
@@ -135,6 +144,7 @@ class ICMTrainer(Trainer):
                 raise ValueError("ICMTrainer needs collection=, an AdapterCollection with task vectors.")
             self.objective = Reconstruction(model or ICMConfig(), args, collection, encoder)
         self.generator = self.objective.generator
+        self.measured: dict[str, float] = {}  # at the end of training
         evaluated: Any = self.objective.eval_dataset
         if evaluated is None:
             args.eval_strategy = IntervalStrategy.NO
@@ -149,7 +159,8 @@ class ICMTrainer(Trainer):
         )
         self.label_names = list(self.objective.label_names)
         self.model_accepts_loss_kwargs = args.objective == "task"  # its loss is a mean over all tokens of a batch, whoever computes them
-        self.add_callback(RefreshContext(self))
+        self.callback_handler.callbacks.insert(0, RefreshContext(self))
+        self.add_callback(ReportFigure(self))
 
     # ------------------------------------------------------------------ what the objective decides
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -183,6 +194,12 @@ class ICMTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.objective.predict(self, model, inputs)
 
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Keep what [`ReportFigure`] draws: the log takes numbers alone."""
+        found = super().evaluation_loop(dataloader, *args, **kwargs)
+        self.bars = self.objective.bars(dataloader.dataset, found)
+        return found
+
     # ------------------------------------------------------------------ the end
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, then note the facts of the training in the generator's config, for its card.
@@ -197,28 +214,35 @@ class ICMTrainer(Trainer):
         finally:
             self.objective.end()
             let_others_in(self.args.output_dir or ".")
-        metrics = self.evaluate() if self.eval_dataset is not None else {}
         self.generator.config.training = {
             "objective": self.args.objective,  # type: ignore[attr-defined]
             "epochs": self.state.num_train_epochs,
             "steps": self.state.global_step,
             "seed": self.args.seed,
             "learning_rate": self.args.learning_rate,
-            **self.objective.facts(metrics),
+            **self.objective.facts(self.measured),
         }
         return output
+
+    def _repo_id(self) -> str:
+        return self.args.hub_model_id or Path(self.args.output_dir or ".").absolute().name
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card of peft_icm in the place of the Trainer's."""
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir or ".")
-            card = generator_card(self.generator.config.to_dict(), repo_id=self.args.hub_model_id or folder.name, folder=folder)
+            card = generator_card(self.generator.config.to_dict(), repo_id=self._repo_id(), folder=folder)
             (folder / CARD).write_text(marked(str(card)), encoding="utf-8")
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Of `args.push_to_hub`: refuse before the training what could not be pushed after it."""
+        if self.is_world_process_zero():
+            check_pushable(self._repo_id(), private=private or self.args.hub_private_repo, token=token or self.args.hub_token)
+        super().init_hf_repo(token, private)
 
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> Any:  # type: ignore[override]
         """Push the generator and its card in one commit; see [`ICMGenerator.push_to_hub`]."""
         if not self.is_world_process_zero():
             return None
-        repo_id = self.args.hub_model_id or Path(self.args.output_dir or ".").name
         options = {"private": self.args.hub_private_repo, "token": self.args.hub_token, **kwargs}
-        return self.generator.push_to_hub(repo_id, commit_message=commit_message or "End of training", **options)
+        return self.generator.push_to_hub(self._repo_id(), commit_message=commit_message or "End of training", **options)

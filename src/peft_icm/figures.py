@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..tasks.annotated_images import AnnotatedImage
+    from .tasks.annotated_images import AnnotatedImage
 
 
 def plot_task_vectors(task_vectors: Mapping[str, Tensor], file: str | os.PathLike[str], *, title: str = "", seed: int = 0) -> None:
