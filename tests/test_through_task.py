@@ -16,6 +16,7 @@ from peft_icm import CollectingArguments, ICMConfig, ICMGenerator, ICMTrainer, c
 from peft_icm.adapters.examples import collate, example_losses
 from peft_icm.cli import main
 from peft_icm.conditioning import HiddenStateEncoder, JoinedEncoder, StatisticsEncoder
+from peft_icm.evaluation.memorisation import memorisation_report
 from peft_icm.generator.prior_fit import Run, fit_runs
 from peft_icm.hub.cards import generator_card
 from peft_icm.tasks.annotated_images import AnnotatedImage
@@ -148,6 +149,17 @@ class TestTraining:
         before = second.evaluate()["eval_unseen_loss"]
         second.train()
         assert second.evaluate()["eval_unseen_loss"] < before
+
+    def test_the_memorisation_report_knows_it(self, language, tmp_path):
+        base, tasks, lora, data = language
+        run = trainer(language, tmp_path / "a", max_steps=20)
+        run.train()
+        args = CollectingArguments(str(tmp_path / "loras"), num_train_epochs=3, num_snapshots=3, dataset_kwargs=data)
+        later = collect(base, tasks[:3], lora, args)
+        later.encode(run.generator.encoder, examples={task.name: task.train_texts for task in tasks[:3]})
+        report = memorisation_report(run.generator, later, seeds=(0, 1))
+        assert len(report["tasks"]) == 3 and report["snapshots"] == 9
+        assert report["mean"]["ratio"] > 1  # it has seen none of these LoRAs
 
     def test_it_goes_on_where_it_was_stopped(self, language, tmp_path):
         whole = trainer(language, tmp_path / "whole")
