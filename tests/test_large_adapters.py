@@ -88,7 +88,8 @@ class TestColumns:
         for group in (1, 100, 2**18):
             monkeypatch.setattr("peft_icm.adapters.tensors.GROUP", group)
             assert torch.equal(torch.cat(list(layout.parts(values))), layout.flatten(values))
-        assert layout.sha256(values, "bfloat16") != layout.sha256(values)
+        digests = layout.digests(values, ["float32", "bfloat16"])
+        assert digests["bfloat16"] != digests["float32"] == layout.sha256(values)
 
 
 # ---------------------------------------------------------------------- 8 bits

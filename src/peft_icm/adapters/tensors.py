@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 PREFIX = "base_model.model."
 KeyMap = Sequence[tuple[str, str]]
@@ -109,6 +110,13 @@ def outside_adapters(model: nn.Module) -> dict[str, nn.Module]:
         inner = [("base_layer", layer.base_layer)] if isinstance(module, BaseTunerLayer) else module.named_children()
         waiting += [(f"{name}.{child}" if name else child, part) for child, part in reversed(list(inner))]
     return found
+
+
+class Unfilled(TorchFunctionMode):
+    """Linear layers are made without drawing the random numbers that they begin with: on the meta device that takes longer than the rest."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return kwargs["tensor"] if func is nn.init.kaiming_uniform_ else func(*args, **(kwargs or {}))
 
 
 def groups(sizes: Sequence[int]) -> Iterator[slice]:
