@@ -113,7 +113,7 @@ def outside_adapters(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class Unfilled(TorchFunctionMode):
-    """Linear layers are made without drawing the random numbers that they begin with: on the meta device that takes longer than the rest."""
+    """Linear layers are made without drawing their first random numbers: on the meta device that takes longer than all the rest."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return kwargs["tensor"] if func is nn.init.kaiming_uniform_ else func(*args, **(kwargs or {}))

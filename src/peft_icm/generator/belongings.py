@@ -80,7 +80,7 @@ class BelongingsMixin:
                 f"This generator's condition_dim is {self.config.condition_dim}, the {encoder.kind} encoder's task vectors have"
                 f" {encoder.dim} numbers: they must be one. Pass the encoder that it was trained with."
             )
-        self._lazy["encoder"] = encoder
+        self._lazy |= {"encoder": encoder, "sentences": {}}
 
     def _load_encoder(self, config: Mapping[str, Any]) -> TaskEncoder:
         folder, parts = config.get("folder"), config.get("parts")

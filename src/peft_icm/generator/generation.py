@@ -23,6 +23,8 @@ from .networks import Statistics
 from .requests import RequestsMixin, TaskInputs, scaled
 from .sampling import Generators, as_conditions
 
+KEPT_SENTENCES = 256  # task vectors of a generator's last ones
+
 
 class AdapterMixin(BelongingsMixin, RequestsMixin):
     """The side of [`ICMGenerator`] that meets its users."""
@@ -73,7 +75,7 @@ class AdapterMixin(BelongingsMixin, RequestsMixin):
         if text is not None:
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"text={text!r} must be a non-empty sentence, such as 'detect sofas'.")
-            vectors.append(self.encoder.read("text", [respell(text, self.config.words or (), self.encoder)])[0])
+            vectors.append(self._vector_of(respell(text, self.config.words or (), self.encoder)))
         if examples is not None:
             if isinstance(examples, str) or not examples:
                 raise ValueError(f"examples={examples!r} must be a non-empty list of strings.")
@@ -81,6 +83,17 @@ class AdapterMixin(BelongingsMixin, RequestsMixin):
         if images is not None:
             vectors.append(self.encoder.average(self.encoder.read("images", open_images(images))))
         return vectors[0] if len(vectors) == 1 else self.encoder.average(torch.stack(vectors))
+
+    def _vector_of(self, sentence: str) -> Tensor:
+        """`[d]`; the last ones are kept, for what is read is generated next, and a server is asked for the same tasks again."""
+        kept = self._lazy["sentences"]
+        found = kept.get(sentence)
+        if found is None:
+            found = self.encoder.read("text", [sentence])[0]
+            if len(kept) >= KEPT_SENTENCES:
+                kept.pop(next(iter(kept)), None)
+            kept[sentence] = found
+        return found.clone()
 
     # ------------------------------------------------------------------ adapters
     def generate_state_dict(
