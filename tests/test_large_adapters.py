@@ -1,5 +1,7 @@
 """Decoders that fit: columns at a time, a basis in 8 bits, no copy of an adapter beside it, one more adapter in constant time."""
 
+import copy
+import itertools
 import json
 
 import pytest
@@ -14,7 +16,7 @@ from peft_icm import AdapterLayout, ICMConfig, ICMGenerator, save_adapter
 from peft_icm.adapters import attach
 from peft_icm.adapters.beside import fits_beside
 from peft_icm.adapters.tensors import outside_adapters
-from peft_icm.generator import modeling_icm
+from peft_icm.generator import linear_decoder
 
 FAMILIES = {"llama": (llama_layout, llama), "florence": (florence_layout, florence)}
 VECTOR = torch.linspace(-1, 1, CONDITION_DIM)
@@ -50,7 +52,7 @@ def quantised(model, folder):
 
 # ---------------------------------------------------------------------- columns at a time
 class TestColumns:
-    @pytest.mark.parametrize("block", [1, 700, 2**20])
+    @pytest.mark.parametrize("block", [1, 700, 2**20, "folded"])
     @pytest.mark.parametrize("count", [1, 40])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
     @pytest.mark.parametrize("architecture", ["principal", "direct", "paper"])
@@ -62,7 +64,9 @@ class TestColumns:
             model = quantised(model, tmp_path)
         else:
             model = model.to(dtype)
-        monkeypatch.setattr(modeling_icm, "BLOCK", block)
+        if block != "folded":
+            monkeypatch.setattr(linear_decoder, "FOLDED", 0)
+            monkeypatch.setattr(linear_decoder, "BLOCK", block)
         torch.manual_seed(0)
         z, v = torch.randn(count, model.config.latent_size), torch.randn(count, CONDITION_DIM)
         whole = model.decode(z, v)
@@ -82,6 +86,43 @@ class TestColumns:
         assert len(set(map(place, found.values()))) == len(found)
         half = model.generate_state_dict(task_vector=VECTOR, generator=torch.Generator().manual_seed(4), strength=0.5)
         assert all(torch.equal(half[key], tensor * (0.5 if "_B" in key else 1)) for key, tensor in found.items())
+
+    @pytest.mark.parametrize("architecture", ["principal", "direct"])
+    def test_what_is_kept_follows_the_parameters(self, layout, architecture, tmp_path):
+        """Columns with units in them and the context's pairs are kept: those of other parameters are others."""
+        model, other = (fitted(layout, architecture) for _ in range(2))
+        model.sample(VECTOR, temperature=0.0)
+
+        def check():
+            assert model.network._kept._kept[0] and (model.context is None or model.context._kept._kept[0])
+            other.load_state_dict(model.state_dict())
+            fresh = copy.deepcopy(other).sample(VECTOR, temperature=0.0)
+            for each in (model, other):
+                torch.testing.assert_close(each.sample(VECTOR, temperature=0.0), fresh, rtol=0, atol=0)
+            return fresh
+
+        found = [check()]
+        with torch.no_grad():
+            for tensor in (model.network.basis, model.network.center, model.statistics.mean, model.statistics.std):
+                tensor.mul_(1.5)
+                found.append(check())
+            if model.context is not None:
+                context = model.context  # whose softmax takes no notice of the keys' bias
+                context.output.weight.normal_()
+                context.conditions.normal_()
+                for tensor in (context.value.bias, context.latents, context.value.weight, context.key.weight, context.conditions):
+                    tensor.normal_()
+                    found.append(check())
+        model.network.basis = torch.nn.Parameter(torch.randn_like(model.network.basis))
+        found.append(check())
+        model.half().float()
+        found.append(check())
+        assert all(not torch.equal(one, two) for one, two in itertools.pairwise(found))
+        with torch.inference_mode():
+            model.network.center = torch.nn.Parameter(torch.ones(layout.numel), requires_grad=False)
+            ones = model.sample(VECTOR, temperature=0.0)
+            model.network.center.zero_()
+            assert not torch.equal(model.sample(VECTOR, temperature=0.0), ones)
 
     def test_a_walk_has_every_tensor_once(self, layout, monkeypatch):
         values = filled(layout)
@@ -197,11 +238,12 @@ class Largest(TorchFunctionMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_nothing_of_an_adapter_s_size_is_made_beside_it(dtype, tmp_path, monkeypatch):
     layout = AdapterLayout.from_peft_model(get_peft_model(llama(hidden_size=256), LoraConfig(r=64, target_modules=["q_proj", "v_proj"])))
-    monkeypatch.setattr("peft_icm.generator.networks.PIECE", 256)
+    monkeypatch.setattr("peft_icm.generator.statistics.PIECE", 256)
     model, base = fitted(layout), llama(hidden_size=256)
     model = quantised(model, tmp_path / "g") if dtype == torch.int8 else model.to(dtype)
     monkeypatch.setattr("peft_icm.adapters.tensors.GROUP", 1000)
-    monkeypatch.setattr(modeling_icm, "BLOCK", 2000)
+    monkeypatch.setattr(linear_decoder, "FOLDED", 0)
+    monkeypatch.setattr(linear_decoder, "BLOCK", 2000)
     with Largest() as watch:
         adapted = model.generate_adapter(base_model=base, task_vector=VECTOR)
         save_adapter(adapted, tmp_path / "a")

@@ -19,9 +19,9 @@ from ..conditioning.spelling import respell
 from ..disk import MAX_NAME_BYTES
 from ..unknown import OnUnknown, check_request
 from .belongings import BelongingsMixin
-from .networks import Statistics
 from .requests import RequestsMixin, TaskInputs, scaled
 from .sampling import Generators, as_conditions
+from .statistics import Statistics
 
 KEPT_SENTENCES = 256  # task vectors of a generator's last ones
 
@@ -31,8 +31,8 @@ class AdapterMixin(BelongingsMixin, RequestsMixin):
 
     sample: Callable[..., Tensor]
     statistics: Statistics
+    network: Any
     _draw: Callable[..., Tensor]
-    _decode_into: Callable[..., Tensor]
 
     # ------------------------------------------------------------------ conditions
     def task_vector(
@@ -150,16 +150,16 @@ class AdapterMixin(BelongingsMixin, RequestsMixin):
     @torch.no_grad()
     def _tensors(self, coordinates: Tensor, strength: float) -> dict[str, Tensor]:
         """One adapter of what `_draw` gave for it, `[1, R]`: its tensors are decoded in turn, and it is never whole beside them."""
-        layout, sizes, units, first = self.layout, self.layout.sizes, self.statistics.units(), 0
+        layout, sizes, first = self.layout, self.layout.sizes, 0
+        write = self.network.writer(coordinates, self.statistics)
         found: dict[str, Tensor] = {}
-        for group in groups(layout.sizes):
+        for group in groups(sizes):
             count = sum(sizes[group])
-            part = self._decode_into(coordinates, units, first, torch.empty(1, count, device=coordinates.device))[0].to(
-                "cpu", layout.torch_dtype
-            )
-            if not all_finite(part):
+            part = write(first, torch.empty(1, count, device=coordinates.device))[0]
+            if not all_finite(part, layout.torch_dtype):
                 raise ValueError(f"The generated adapter holds NaN or infinite values in {layout.dtype}: lower the temperature.")
-            parts = [part] if count == sizes[group.start] else [values.clone() for values in part.split(sizes[group])]
+            own = {"copy": count > sizes[group.start]}  # each tensor in memory of its own
+            parts = (values.to("cpu", layout.torch_dtype, **own) for values in part.split(sizes[group]))
             named = zip(layout.keys[group], layout.shapes[group], parts, strict=True)
             found |= scaled({key: values.view(shape) for key, shape, values in named}, strength)
             first += count

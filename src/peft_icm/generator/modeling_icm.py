@@ -14,15 +14,14 @@ from .adapting import AdaptingMixin
 from .belongings import Source
 from .condition_space import ConditionSpace
 from .configuration_icm import ICMConfig
-from .networks import NETWORKS, ContextAttention, Statistics
+from .networks import NETWORKS, ContextAttention
 from .reading import Reader
 from .sampling import Generators, as_conditions, draw_noise
 from .saving import SavedModel
 from .serving import ServingMixin
+from .statistics import Statistics
 from .text_reading import TextReader
 from .weights import EXACT
-
-BLOCK = 2**20  # numbers that decoding works on at once: they stay in a processor's cache
 
 
 @dataclass
@@ -215,35 +214,14 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         return self._whole(self._coordinates(latent, condition))
 
     def _coordinates(self, latent: Tensor, condition: Tensor) -> Tensor:
-        """What `_decode_into` makes adapters of: `[B, k]` z and `[B, d]` task vectors -> `[B, R]`, or `[B, P]` for `"paper"`."""
+        """What `network.writer` makes adapters of: `[B, k]` z and `[B, d]` task vectors -> `[B, R]`, or `[B, P]` for `"paper"`."""
         v = self.normalize_condition(condition)
         v = v if self.context is None else self.context(v)
         return self.network.coordinates(latent.to(v.dtype), v)
 
     def _whole(self, coordinates: Tensor) -> Tensor:
-        out = torch.empty(len(coordinates), sum(self.statistics.sizes), device=coordinates.device)
-        return self._decode_into(coordinates, self.statistics.units(), 0, out)
-
-    @torch.no_grad()
-    def _decode_into(self, coordinates: Tensor, units: tuple[Tensor, Tensor], first: int, out: Tensor) -> Tensor:
-        """Decode tensors that follow one another, in their units, a few columns at a time: nothing of their size is made beside them.
-
-        Args:
-            coordinates (`Tensor`): `[B, R]`, of `_coordinates`.
-            units (`tuple[Tensor, Tensor]`): [`Statistics.units`].
-            first (`int`): Where in the vector of an adapter they begin.
-            out (`Tensor`): `[B, n]` fp32, where they are written.
-
-        Returns:
-            `Tensor`: `out`.
-        """
-        piece = self.statistics.piece
-        step = max(1, BLOCK // (len(coordinates) + (self.config.num_components or 0)) // piece) * piece
-        for start in range(0, out.shape[1], step):
-            part = out[:, start : start + step]
-            places = slice((first + start) // piece, (first + start + part.shape[1]) // piece)
-            self.network.write(coordinates, first + start, units[0][places], units[1][places], part)
-        return out
+        out = torch.empty(len(coordinates), self.layout.numel, device=coordinates.device)
+        return self.network.writer(coordinates, self.statistics)(0, out)
 
     @torch.no_grad()
     def fit(self, parameters: Tensor | SnapshotMatrix, conditions: Tensor, tasks: Tensor | None = None) -> None:
