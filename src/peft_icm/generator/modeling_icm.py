@@ -14,7 +14,8 @@ from .adapting import AdaptingMixin
 from .belongings import Source
 from .condition_space import ConditionSpace
 from .configuration_icm import ICMConfig
-from .networks import NETWORKS, ContextAttention
+from .heard import Heard
+from .networks import NETWORKS, ContextAttention, PrincipalNetwork
 from .reading import Reader
 from .sampling import Generators, as_conditions, draw_noise
 from .saving import SavedModel
@@ -74,7 +75,7 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
 
     def __init__(self, config: ICMConfig):
         super().__init__(config)
-        self._source, self._lazy = Source(), {}
+        self._source, self._lazy, self._heard = Source(), {}, Heard()
         self.layout = config.adapter_layout
         self.space = (
             ConditionSpace(config.condition_space or "none", config.condition_dim, len(config.tasks or [])) if config.reads else None
@@ -215,6 +216,10 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
 
     def _coordinates(self, latent: Tensor, condition: Tensor) -> Tensor:
         """What `network.writer` makes adapters of: `[B, k]` z and `[B, d]` task vectors -> `[B, R]`, or `[B, P]` for `"paper"`."""
+        if isinstance(self.network, PrincipalNetwork) and self.network.scale.dtype == torch.float32 and not torch.is_grad_enabled():
+            v, latent = (part.to(self.network.scale) for part in (condition, latent))
+            heard = self._heard(v, self.space, self.statistics, self.context, self.network.condition)
+            return self.network.coordinates_of(latent, heard)
         v = self.normalize_condition(condition)
         v = v if self.context is None else self.context(v)
         return self.network.coordinates(latent.to(v.dtype), v)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..adapters.snapshots import SnapshotMatrix
 from .configuration_icm import ICMConfig
-from .kept import Kept
 from .linear_decoder import LinearDecoder
 from .statistics import Statistics
 from .subspace import principal_components
@@ -42,7 +41,6 @@ class ContextAttention(nn.Module):
         self.output = nn.Linear(width, dim, bias=False)
         self.register_buffer("conditions", torch.zeros(tasks, dim))
         self.register_buffer("latents", torch.zeros(tasks, config.latent_size))
-        self._kept = Kept()
 
     def forward(self, condition: Tensor, hidden_tasks: Tensor | None = None) -> Tensor:
         """Enrich task vectors.
@@ -54,17 +52,12 @@ class ContextAttention(nn.Module):
         Returns:
             `Tensor`: `[B, d]`.
         """
-        made_of = (self.key.weight, self.key.bias, self.value.weight, self.value.bias, self.conditions, self.latents)
-        keys, values = self._pairs() if torch.is_grad_enabled() else self._kept(self._pairs, *made_of)
+        keys = self.key(self.conditions.to(condition.dtype))
         scores = self.query(condition) @ keys.T / keys.shape[-1] ** 0.5
         if hidden_tasks is not None:
             own = torch.arange(len(self.conditions), device=scores.device) == hidden_tasks[:, None]
             scores = scores.masked_fill(own, torch.finfo(scores.dtype).min)
-        return condition + self.output(scores.softmax(-1) @ values)
-
-    def _pairs(self) -> tuple[Tensor, Tensor]:
-        dtype = self.key.weight.dtype
-        return self.key(self.conditions.to(dtype)), self.value(self.latents.to(dtype))
+        return condition + self.output(scores.softmax(-1) @ self.value(self.latents.to(condition.dtype)))
 
 
 class ResidualMLP(nn.Module):
@@ -165,7 +158,11 @@ class PrincipalNetwork(LinearDecoder):
 
     def coordinates(self, latent: Tensor, condition: Tensor) -> Tensor:
         """`[B, k]`, `[B, d]` -> `[B, R]`, of which `l = c + a U`."""
-        return self.decoder(torch.cat([latent, F.gelu(self.condition(condition))], dim=1)) * self.scale
+        return self.coordinates_of(latent, self.condition(condition))
+
+    def coordinates_of(self, latent: Tensor, heard: Tensor) -> Tensor:
+        """The same of `condition(v)`, `[B, h]`."""
+        return self.decoder(torch.cat([latent, F.gelu(heard)], dim=1)) * self.scale
 
     def decode(self, latent: Tensor, condition: Tensor) -> Tensor:
         """Mean of l (Eq. 6): `[B, k]`, `[B, d]` -> `[B, P]`."""
