@@ -16,7 +16,7 @@ from peft_icm import AdapterLayout, ICMConfig, ICMGenerator, save_adapter
 from peft_icm.adapters import attach
 from peft_icm.adapters.beside import fits_beside
 from peft_icm.adapters.tensors import outside_adapters
-from peft_icm.generator import linear_decoder
+from peft_icm.generator import folded, linear_decoder
 
 FAMILIES = {"llama": (llama_layout, llama), "florence": (florence_layout, florence)}
 VECTOR = torch.linspace(-1, 1, CONDITION_DIM)
@@ -65,7 +65,7 @@ class TestColumns:
         else:
             model = model.to(dtype)
         if block != "folded":
-            monkeypatch.setattr(linear_decoder, "FOLDED", 0)
+            monkeypatch.setattr(folded, "LARGEST", 0)
             monkeypatch.setattr(linear_decoder, "BLOCK", block)
         torch.manual_seed(0)
         z, v = torch.randn(count, model.config.latent_size), torch.randn(count, CONDITION_DIM)
@@ -242,7 +242,7 @@ def test_nothing_of_an_adapter_s_size_is_made_beside_it(dtype, tmp_path, monkeyp
     model, base = fitted(layout), llama(hidden_size=256)
     model = quantised(model, tmp_path / "g") if dtype == torch.int8 else model.to(dtype)
     monkeypatch.setattr("peft_icm.adapters.tensors.GROUP", 1000)
-    monkeypatch.setattr(linear_decoder, "FOLDED", 0)
+    monkeypatch.setattr(folded, "LARGEST", 0)
     monkeypatch.setattr(linear_decoder, "BLOCK", 2000)
     with Largest() as watch:
         adapted = model.generate_adapter(base_model=base, task_vector=VECTOR)

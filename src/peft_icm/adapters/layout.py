@@ -175,7 +175,7 @@ class AdapterLayout:
         )
 
     # ------------------------------------------------------------------ what it says
-    @property
+    @functools.cached_property
     def numel(self) -> int:
         """P, the number of parameters of one adapter."""
         return sum(self.sizes)

@@ -24,6 +24,8 @@ STRENGTHS = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 class AdaptingMixin(AdapterMixin):
     """The side of [`ICMGenerator`] that learns from a user's examples."""
 
+    network: Any
+
     def adapt(
         self,
         text: str | None = None,

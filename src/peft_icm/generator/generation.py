@@ -31,8 +31,8 @@ class AdapterMixin(BelongingsMixin, RequestsMixin):
 
     sample: Callable[..., Tensor]
     statistics: Statistics
-    network: Any
-    _draw: Callable[..., Tensor]
+    _draw: Callable[..., tuple[Tensor, Tensor]]
+    _writer: Callable[..., Callable[[int, Tensor], Tensor]]
 
     # ------------------------------------------------------------------ conditions
     def task_vector(
@@ -148,14 +148,14 @@ class AdapterMixin(BelongingsMixin, RequestsMixin):
 
     @torch.inference_mode(False)  # as attach's _fill, whose parameters these tensors become
     @torch.no_grad()
-    def _tensors(self, coordinates: Tensor, strength: float) -> dict[str, Tensor]:
-        """One adapter of what `_draw` gave for it, `[1, R]`: its tensors are decoded in turn, and it is never whole beside them."""
-        layout, sizes, first = self.layout, self.layout.sizes, 0
-        write = self.network.writer(coordinates, self.statistics)
+    def _tensors(self, drawn: tuple[Tensor, Tensor], strength: float) -> dict[str, Tensor]:
+        """The one adapter of what `_draw` gave for it: its tensors are decoded in turn, and it is never whole beside them."""
+        layout, sizes, device, first = self.layout, self.layout.sizes, self.statistics.mean.device, 0
+        write = self._writer(*drawn)
         found: dict[str, Tensor] = {}
         for group in groups(sizes):
             count = sum(sizes[group])
-            part = write(first, torch.empty(1, count, device=coordinates.device))[0]
+            part = write(first, torch.empty(1, count, device=device))[0]
             if not all_finite(part, layout.torch_dtype):
                 raise ValueError(f"The generated adapter holds NaN or infinite values in {layout.dtype}: lower the temperature.")
             own = {"copy": count > sizes[group.start]}  # each tensor in memory of its own
@@ -255,15 +255,15 @@ class AdapterMixin(BelongingsMixin, RequestsMixin):
             raise ValueError(f"Expected {len(texts)} different adapter names, found {names}.")
         check_request(on_unknown, strength)
         vectors, strengths = zip(*[self._answer(self.task_vector(text), text, on_unknown, strength) for text in texts], strict=True)
-        coordinates = self._draw(torch.stack(vectors), 1, generator, temperature)
+        drawn = zip(*(rows.split(1) for rows in self._draw(torch.stack(vectors), 1, generator, temperature)), strict=True)
         model = self._base_for(base_model, base_model_kwargs)
         generators = generator if isinstance(generator, Sequence) else [generator] * len(names)
         with unchanged_on_failure(model):
-            for name, text, row, source, factor in zip(names, texts, coordinates, generators, strengths, strict=True):
+            for name, text, own, source, factor in zip(names, texts, drawn, generators, strengths, strict=True):
                 model = attach(
                     model,
                     self.layout,
-                    self._tensors(row[None], factor),
+                    self._tensors(own, factor),
                     adapter_name=name,
                     is_trainable=is_trainable,
                     provenance=self._facts(text, temperature, source, factor),

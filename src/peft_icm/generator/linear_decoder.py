@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_icm import ICMConfig
-from .kept import Kept
 from .statistics import Statistics
 
 BLOCK = 2**21  # numbers that are worked on at once: they stay in a processor's cache
-FOLDED = 2**26  # bytes of U, up to which another one with the units of the adapters in it is kept beside it
 
 
 class LinearDecoder(nn.Module):
@@ -35,7 +32,6 @@ class LinearDecoder(nn.Module):
             basis (`Tensor`): `[R, P]`, its first values.
             trained (`bool`): Whether they take gradients.
         """
-        self._kept = Kept()
         self.center = nn.Parameter(torch.zeros(basis.shape[1]), requires_grad=trained)
         if config.basis_dtype == "int8":
             codes, scale = to_int8(basis)
@@ -72,11 +68,6 @@ class LinearDecoder(nn.Module):
         Returns:
             `Callable[[int, Tensor], Tensor]`: Takes the first column, where a tensor begins, and `[B, n]` fp32 to write; returns that.
         """
-        if self.basis.dtype == torch.float32 and self.basis.nbytes <= FOLDED:
-            made_of = (self.center, self.basis, statistics.mean, statistics.std)
-            folded = self._kept(lambda: statistics.denormalize_map(self.center, self.basis), *made_of)
-            rows = F.pad(coordinates, (0, 1), value=1.0)
-            return lambda first, out: torch.mm(rows, folded[:, first : first + out.shape[1]], out=out)
         (mean, std), piece = statistics.units(), statistics.piece
         center: Tensor = self.center
         if not self.basis.is_floating_point():

@@ -14,8 +14,8 @@ from .adapting import AdaptingMixin
 from .belongings import Source
 from .condition_space import ConditionSpace
 from .configuration_icm import ICMConfig
-from .heard import Heard
-from .networks import NETWORKS, ContextAttention, PrincipalNetwork
+from .folded import folded
+from .networks import NETWORKS, ContextAttention
 from .reading import Reader
 from .sampling import Generators, as_conditions, draw_noise
 from .saving import SavedModel
@@ -75,7 +75,7 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
 
     def __init__(self, config: ICMConfig):
         super().__init__(config)
-        self._source, self._lazy, self._heard = Source(), {}, Heard()
+        self._source, self._lazy = Source(), {}
         self.layout = config.adapter_layout
         self.space = (
             ConditionSpace(config.condition_space or "none", config.condition_dim, len(config.tasks or [])) if config.reads else None
@@ -212,21 +212,20 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         """
         if torch.is_grad_enabled():
             return self.statistics.denormalize(self._decode(latent, self.normalize_condition(condition)))
-        return self._whole(self._coordinates(latent, condition))
+        return self._whole(latent, condition)
 
-    def _coordinates(self, latent: Tensor, condition: Tensor) -> Tensor:
-        """What `network.writer` makes adapters of: `[B, k]` z and `[B, d]` task vectors -> `[B, R]`, or `[B, P]` for `"paper"`."""
-        if isinstance(self.network, PrincipalNetwork) and self.network.scale.dtype == torch.float32 and not torch.is_grad_enabled():
-            v, latent = (part.to(self.network.scale) for part in (condition, latent))
-            heard = self._heard(v, self.space, self.statistics, self.context, self.network.condition)
-            return self.network.coordinates_of(latent, heard)
+    def _whole(self, latent: Tensor, condition: Tensor) -> Tensor:
+        return self._writer(latent, condition)(0, torch.empty(len(latent), self.layout.numel, device=self.statistics.mean.device))
+
+    @torch.no_grad()
+    def _writer(self, latent: Tensor, condition: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """What writes columns of the adapters of z `[B, k]` and task vectors `[B, d]`: see [`LinearDecoder.writer`]."""
+        few = self._lazy["folded"] = folded(self._lazy.get("folded"), self.network, self.statistics, self.space, self.context)
+        if few is not None:
+            return few.writer(latent, condition)
         v = self.normalize_condition(condition)
         v = v if self.context is None else self.context(v)
-        return self.network.coordinates(latent.to(v.dtype), v)
-
-    def _whole(self, coordinates: Tensor) -> Tensor:
-        out = torch.empty(len(coordinates), self.layout.numel, device=coordinates.device)
-        return self.network.writer(coordinates, self.statistics)(0, out)
+        return self.network.writer(self.network.coordinates(latent.to(v.dtype), v), self.statistics)
 
     @torch.no_grad()
     def fit(self, parameters: Tensor | SnapshotMatrix, conditions: Tensor, tasks: Tensor | None = None) -> None:
@@ -319,13 +318,14 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         Raises:
             `ValueError`: If a shape, the number of generators, or the temperature does not fit.
         """
-        return self._whole(self._draw(condition, num_samples, generator, temperature))
+        return self._whole(*self._draw(condition, num_samples, generator, temperature))
 
-    @torch.no_grad()
-    def _draw(self, condition: Tensor, num_samples: int = 1, generator: Generators = None, temperature: float = 1.0) -> Tensor:
-        """What [`~ICMGenerator.sample`] decodes, `[n * num_samples, R]`; arguments and errors as there."""
+    def _draw(
+        self, condition: Tensor, num_samples: int = 1, generator: Generators = None, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """What [`~ICMGenerator.sample`] decodes, z `[n * num_samples, k]` and the task vectors; arguments and errors as there."""
         rows = as_conditions(condition, num_samples, temperature, self.config.condition_dim)
-        return self._coordinates(draw_noise(len(rows), self.config.latent_size, generator, self.device) * temperature, rows)
+        return draw_noise(len(rows), self.config.latent_size, generator, self.device) * temperature, rows
 
     def train(self, mode: bool = True) -> ICMGenerator:
         """As in torch; a generator of 8 bits stays in eval mode.

@@ -158,11 +158,7 @@ class PrincipalNetwork(LinearDecoder):
 
     def coordinates(self, latent: Tensor, condition: Tensor) -> Tensor:
         """`[B, k]`, `[B, d]` -> `[B, R]`, of which `l = c + a U`."""
-        return self.coordinates_of(latent, self.condition(condition))
-
-    def coordinates_of(self, latent: Tensor, heard: Tensor) -> Tensor:
-        """The same of `condition(v)`, `[B, h]`."""
-        return self.decoder(torch.cat([latent, F.gelu(heard)], dim=1)) * self.scale
+        return self.decoder(torch.cat([latent, F.gelu(self.condition(condition))], dim=1)) * self.scale
 
     def decode(self, latent: Tensor, condition: Tensor) -> Tensor:
         """Mean of l (Eq. 6): `[B, k]`, `[B, d]` -> `[B, P]`."""

@@ -93,14 +93,6 @@ class Statistics(nn.Module):
         both = torch.stack([self.mean, self.std]).repeat_interleave(counts, 1, output_size=sum(self.sizes) // self.piece)
         return both[0, :, None], both[1, :, None]
 
-    def denormalize_map(self, center: Tensor, basis: Tensor) -> Tensor:
-        """c `[P]` and U `[R, P]` -> `[R + 1, P]`, whose product with `[a, 1]` is what `c + a U` is, denormalised."""
-        (mean, std), pieces = self.units(), (-1, self.piece)
-        folded = basis.new_empty(len(basis) + 1, basis.shape[1])
-        torch.mul(basis.unflatten(1, pieces), std, out=folded[:-1].unflatten(1, pieces))
-        torch.mul(center.unflatten(0, pieces), std, out=folded[-1].unflatten(0, pieces)).add_(mean)
-        return folded
-
     def denormalize(self, parameters: Tensor) -> Tensor:
         """The inverse of [`~Statistics.normalize`]; fp32."""
         mean, std = self.units()
