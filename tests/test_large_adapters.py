@@ -87,42 +87,47 @@ class TestColumns:
         half = model.generate_state_dict(task_vector=VECTOR, generator=torch.Generator().manual_seed(4), strength=0.5)
         assert all(torch.equal(half[key], tensor * (0.5 if "_B" in key else 1)) for key, tensor in found.items())
 
-    @pytest.mark.parametrize("architecture", ["principal", "direct"])
-    def test_what_is_kept_follows_the_parameters(self, layout, architecture, tmp_path):
-        """Columns with units in them and the context's pairs are kept: those of other parameters are others."""
-        model, other = (fitted(layout, architecture) for _ in range(2))
-        model.sample(VECTOR, temperature=0.0)
+    @pytest.mark.parametrize("space", ["none", "lda"])
+    @pytest.mark.parametrize("context", [True, False])
+    def test_few_products_follow_the_parameters(self, layout, space, context):
+        """What is multiplied out is that of the parameters as they are now."""
+        torch.manual_seed(3)
+        model = generator(layout, condition_space=space, context=context)
+        model.fit(torch.randn(12, layout.numel), torch.randn(12, CONDITION_DIM), torch.arange(12) % len(model.config.tasks))
+        z, v, found = torch.randn(3, model.config.latent_size), torch.randn(3, CONDITION_DIM), []
 
         def check():
-            assert model.network._kept._kept[0] and (model.context is None or model.context._kept._kept[0])
-            other.load_state_dict(model.state_dict())
-            fresh = copy.deepcopy(other).sample(VECTOR, temperature=0.0)
-            for each in (model, other):
-                torch.testing.assert_close(each.sample(VECTOR, temperature=0.0), fresh, rtol=0, atol=0)
-            return fresh
+            whole = model.decode(z, v).detach()
+            with torch.no_grad():
+                assert (model.decode(z, v) - whole).norm() < 1e-5 * whole.norm()
+            assert model._lazy["folded"].holds()
+            found.append(whole)
 
-        found = [check()]
-        with torch.no_grad():
-            for tensor in (model.network.basis, model.network.center, model.statistics.mean, model.statistics.std):
-                tensor.mul_(1.5)
-                found.append(check())
-            if model.context is not None:
-                context = model.context  # whose softmax takes no notice of the keys' bias
-                context.output.weight.normal_()
-                context.conditions.normal_()
-                for tensor in (context.value.bias, context.latents, context.value.weight, context.key.weight, context.conditions):
-                    tensor.normal_()
-                    found.append(check())
-        model.network.basis = torch.nn.Parameter(torch.randn_like(model.network.basis))
-        found.append(check())
+        check()
+        network, statistics = model.network, model.statistics
+        parts = [network.basis, network.center, network.scale, network.decoder.output.weight, network.decoder.input.weight]
+        parts += [network.condition.weight, statistics.mean, statistics.std, statistics.condition_mean, statistics.condition_std]
+        parts += [model.space.center, model.space.projection] if model.space else []
+        if model.context:
+            torch.nn.init.normal_(model.context.output.weight)
+            parts += [model.context.latents, model.context.conditions, model.context.value.weight, model.context.query.weight]
+        for part in parts:
+            with torch.no_grad():
+                part.add_(torch.rand_like(part))
+            check()
+        network.basis = torch.nn.Parameter(torch.randn_like(network.basis))
+        check()
         model.half().float()
-        found.append(check())
+        check()
+        model.load_state_dict({name: tensor * 1.5 for name, tensor in model.state_dict().items()}, assign=True)
+        check()
         assert all(not torch.equal(one, two) for one, two in itertools.pairwise(found))
+        assert copy.deepcopy(model)._lazy["folded"] is None
         with torch.inference_mode():
-            model.network.center = torch.nn.Parameter(torch.ones(layout.numel), requires_grad=False)
-            ones = model.sample(VECTOR, temperature=0.0)
-            model.network.center.zero_()
-            assert not torch.equal(model.sample(VECTOR, temperature=0.0), ones)
+            network.center = torch.nn.Parameter(torch.ones(layout.numel), requires_grad=False)
+            ones = model.decode(z, v)
+            network.center.zero_()
+            assert model._lazy["folded"] is None and not torch.equal(model.decode(z, v), ones)
 
     def test_a_walk_has_every_tensor_once(self, layout, monkeypatch):
         values = filled(layout)

@@ -57,9 +57,8 @@ class Folded:
         """A copy of a generator, or one from a pickle, makes its own."""
         return type(None), ()
 
-    @torch.no_grad()
     def writer(self, latent: Tensor, condition: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """As [`LinearDecoder.writer`], of z `[B, k]` and task vectors `[B, d]`."""
+        """As [`LinearDecoder.writer`], of z `[B, k]` and task vectors `[B, d]`; without gradients."""
         z, v = latent.to(self.columns), condition.to(self.columns)
         v = v[:1] if v.stride(0) == 0 else v  # of many samples of one task
         passing, logits = torch.addmm(self.offset, v, self.vector_map).split([len(self.of_heard), len(self.chosen)], dim=1)
@@ -74,13 +73,13 @@ def _condition_maps(
     layer: nn.Linear, statistics: Statistics, space: ConditionSpace | None, context: ContextAttention | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`[d, h + T]` and `[h + T]` of the first map, `[T, h]` of the second; T is 0 without a context."""
-    weight: Tensor
-    bias: Tensor
-    weight, bias, chosen = layer.weight, layer.bias, layer.weight.new_zeros(0, len(layer.weight))
+    weight: Tensor = layer.weight
+    bias: Tensor = layer.bias
+    chosen = weight.new_zeros(0, len(weight))
     if context is not None:
         keys = context.key(context.conditions) / context.key.out_features**0.5
+        chosen = context.value(context.latents) @ (weight @ context.output.weight).T
         weight, bias = torch.cat([weight, keys @ context.query.weight]), torch.cat([bias, keys @ context.query.bias])
-        chosen = context.value(context.latents) @ (layer.weight @ context.output.weight).T
     scaled, mean = (weight / statistics.condition_std).T.contiguous(), statistics.condition_mean
     if space is None:
         return scaled, bias - mean @ scaled, chosen
@@ -99,9 +98,9 @@ def folded(
     Returns:
         [`Folded`], *optional*: `None` of a generator that is large, not in fp32, of another architecture, or made in inference mode.
     """
-    if not isinstance(network, PrincipalNetwork) or network.basis.dtype != torch.float32 or network.basis.nbytes > LARGEST:
-        return None
     if kept is not None and kept.holds():
         return kept
+    if not isinstance(network, PrincipalNetwork) or network.basis.dtype != torch.float32 or network.basis.nbytes > LARGEST:
+        return None
     made = Folded(network, statistics, space, context)
     return made if made.holds() else None
