@@ -1,5 +1,7 @@
 """Task vectors inside a generator and a collection: what is read, whose encoder, and from which folder."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,7 +44,7 @@ class TestInsideAGenerator:
             ICMGenerator.from_pretrained(saved).task_vector("detect sofas")
 
     def test_a_sentence_is_read_once(self, saved, monkeypatch):
-        monkeypatch.setattr("peft_icm.generator.generation.KEPT_SENTENCES", 2)
+        monkeypatch.setattr("peft_icm.generator.belongings.Sentences.KEPT", 2)
         loaded, read = ICMGenerator.from_pretrained(saved), []
         embed = loaded.encoder._embed
         monkeypatch.setattr(loaded.encoder, "_embed", lambda items: read.extend(items) or embed(items))
@@ -54,7 +56,9 @@ class TestInsideAGenerator:
         for text in ("about dogs", "about cats", "detect sofas"):  # of two that are kept
             loaded.task_vector(text)
         assert read == ["detect sofas", "about dogs", "about cats", "detect sofas"]
-        loaded.encoder = clip()  # starts anew
+        assert sorted(loaded._lazy["sentences"]) == ["about cats", "detect sofas"]
+        assert copy.deepcopy(loaded)._lazy["sentences"] == {}  # nor has a pickle what users asked for
+        loaded.encoder = clip()
         assert loaded._lazy["sentences"] == {}
 
     @pytest.mark.parametrize("text", ["", "  ", 3, ["a", "b"]])

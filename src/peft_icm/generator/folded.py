@@ -102,5 +102,7 @@ def folded(
         return kept
     if not isinstance(network, PrincipalNetwork) or network.basis.dtype != torch.float32 or network.basis.nbytes > LARGEST:
         return None
+    if network.basis.is_inference():
+        return None
     made = Folded(network, statistics, space, context)
     return made if made.holds() else None

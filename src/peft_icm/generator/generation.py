@@ -23,8 +23,6 @@ from .requests import RequestsMixin, TaskInputs, scaled
 from .sampling import Generators, as_conditions
 from .statistics import Statistics
 
-KEPT_SENTENCES = 256  # task vectors of a generator's last ones
-
 
 class AdapterMixin(BelongingsMixin, RequestsMixin):
     """The side of [`ICMGenerator`] that meets its users."""
@@ -85,15 +83,11 @@ class AdapterMixin(BelongingsMixin, RequestsMixin):
         return vectors[0] if len(vectors) == 1 else self.encoder.average(torch.stack(vectors))
 
     def _vector_of(self, sentence: str) -> Tensor:
-        """`[d]`; the last ones are kept, for what is read is generated next, and a server is asked for the same tasks again."""
-        kept = self._lazy["sentences"]
-        found = kept.get(sentence)
-        if found is None:
-            found = self.encoder.read("text", [sentence])[0]
-            if len(kept) >= KEPT_SENTENCES:
-                kept.pop(next(iter(kept)), None)
-            kept[sentence] = found
-        return found.clone()
+        encoder, kept = self.encoder, self._lazy["sentences"]
+        vector = kept.get(sentence)
+        if vector is None:
+            vector = kept[sentence] = encoder.read("text", [sentence])[0]
+        return vector.clone()
 
     # ------------------------------------------------------------------ adapters
     def generate_state_dict(
