@@ -245,7 +245,7 @@ def test_nothing_of_an_adapter_s_size_is_made_beside_it(dtype, tmp_path, monkeyp
     layout = AdapterLayout.from_peft_model(get_peft_model(llama(hidden_size=256), LoraConfig(r=64, target_modules=["q_proj", "v_proj"])))
     monkeypatch.setattr("peft_icm.generator.statistics.PIECE", 256)
     model, base = fitted(layout), llama(hidden_size=256)
-    model = quantised(model, tmp_path / "g") if dtype == torch.int8 else model.to(dtype)
+    model = quantised(model, tmp_path / "g").bfloat16() if dtype == torch.int8 else model.to(dtype)
     monkeypatch.setattr("peft_icm.adapters.tensors.GROUP", 1000)
     monkeypatch.setattr(folded, "LARGEST", 0)
     monkeypatch.setattr(linear_decoder, "BLOCK", 2000)

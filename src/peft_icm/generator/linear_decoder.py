@@ -69,19 +69,18 @@ class LinearDecoder(nn.Module):
             `Callable[[int, Tensor], Tensor]`: Takes the first column, where a tensor begins, and `[B, n]` fp32 to write; returns that.
         """
         (mean, std), piece = statistics.units(), statistics.piece
-        center: Tensor = self.center
         if not self.basis.is_floating_point():
-            coordinates, center = coordinates.float() * self.row_scale, center.float()
+            coordinates = coordinates.float() * self.row_scale
         step = max(1, BLOCK // (len(coordinates) + len(self.basis)) // piece) * piece
 
         def write(first: int, out: Tensor) -> Tensor:
             for part in out.split(step, 1):
                 last = first + part.shape[1]
-                factors = center[first:last], coordinates, self.basis[:, first:last].to(coordinates.dtype)
+                center, basis = (columns[..., first:last].to(coordinates.dtype) for columns in (self.center, self.basis))
                 if coordinates.dtype == part.dtype:
-                    torch.addmm(*factors, out=part)
+                    torch.addmm(center, coordinates, basis, out=part)
                 else:
-                    part.copy_(torch.addmm(*factors))
+                    part.copy_(torch.addmm(center, coordinates, basis))
                 places = slice(first // piece, last // piece)
                 part.unflatten(1, (-1, piece)).mul_(std[places]).add_(mean[places])  # addcmul is five times as slow where it broadcasts
                 first = last
