@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_conditioning import sentence
 from test_training import tiny_collection
+from tiny import generator as tiny
 from transformers import AutoModelForCausalLM
 
 from peft_icm import AdapterCollection, ICMGenerator, bundled_generator
@@ -149,6 +150,15 @@ def test_from_base_to_hub(work, hub, token, tmp_path, capsys):
     assert run("push", tmp_path / "sonnet", "org/sonnet", "--token", token) == 0
     assert "write a sonnet" in hub.repos["models", "org/sonnet"].files()["README.md"].decode()
     assert hub.repos["datasets", "org/loras"].private
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_push_in_a_dtype(hub, token, tmp_path, dtype):
+    tiny().save_pretrained(tmp_path / "g")
+    with pytest.warns(UserWarning, match="goes without its base model"):
+        assert run("push", tmp_path / "g", f"org/{dtype}", "--token", token, "--dtype", dtype) == 0
+    found = ICMGenerator.from_pretrained(f"org/{dtype}", token=token)
+    assert found.network.basis.dtype == getattr(torch, dtype)
 
 
 def test_the_token_reaches_whatever_is_private(work, hub, token, tmp_path, capsys):

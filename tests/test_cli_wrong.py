@@ -117,6 +117,16 @@ class TestPushWithReport:
         assert "is neither a folder nor a dataset repo" in self.refused(hub, capsys, tmp_path / "g", "org/none")
 
 
+def test_push_in_a_dtype_that_is_none(work, hub, tmp_path, capsys):
+    generator().save_pretrained(tmp_path / "g")
+    for folder, dtype, said in (
+        (work / "collection", "int8", f"--dtype is for generators, {work / 'collection'} holds a collection"),
+        (tmp_path / "g", "int4", "dtype='int4' is none that a generator is saved in: choose one of float32, bfloat16, float16, int8"),
+    ):
+        assert run("push", folder, "org/tiny", "--token", TOKEN, "--dtype", dtype) == 2
+        assert said in capsys.readouterr().err and not hub.repos
+
+
 class TestOutput:
     """Looked at before the work: a file, a folder of something else, or one that nobody may write to."""
 

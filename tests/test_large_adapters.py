@@ -1,5 +1,7 @@
 """Decoders that fit: columns at a time, a basis in 8 bits, no copy of an adapter beside it, one more adapter in constant time."""
 
+import copy
+import itertools
 import json
 
 import pytest
@@ -14,7 +16,7 @@ from peft_icm import AdapterLayout, ICMConfig, ICMGenerator, save_adapter
 from peft_icm.adapters import attach
 from peft_icm.adapters.beside import fits_beside
 from peft_icm.adapters.tensors import outside_adapters
-from peft_icm.generator import modeling_icm
+from peft_icm.generator import folded, linear_decoder
 
 FAMILIES = {"llama": (llama_layout, llama), "florence": (florence_layout, florence)}
 VECTOR = torch.linspace(-1, 1, CONDITION_DIM)
@@ -50,7 +52,7 @@ def quantised(model, folder):
 
 # ---------------------------------------------------------------------- columns at a time
 class TestColumns:
-    @pytest.mark.parametrize("block", [1, 700, 2**20])
+    @pytest.mark.parametrize("block", [1, 700, 2**20, "folded"])
     @pytest.mark.parametrize("count", [1, 40])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
     @pytest.mark.parametrize("architecture", ["principal", "direct", "paper"])
@@ -62,7 +64,9 @@ class TestColumns:
             model = quantised(model, tmp_path)
         else:
             model = model.to(dtype)
-        monkeypatch.setattr(modeling_icm, "BLOCK", block)
+        if block != "folded":
+            monkeypatch.setattr(folded, "LARGEST", 0)
+            monkeypatch.setattr(linear_decoder, "BLOCK", block)
         torch.manual_seed(0)
         z, v = torch.randn(count, model.config.latent_size), torch.randn(count, CONDITION_DIM)
         whole = model.decode(z, v)
@@ -83,12 +87,55 @@ class TestColumns:
         half = model.generate_state_dict(task_vector=VECTOR, generator=torch.Generator().manual_seed(4), strength=0.5)
         assert all(torch.equal(half[key], tensor * (0.5 if "_B" in key else 1)) for key, tensor in found.items())
 
+    @pytest.mark.parametrize("space", ["none", "lda"])
+    @pytest.mark.parametrize("context", [True, False])
+    def test_few_products_follow_the_parameters(self, layout, space, context):
+        """What is multiplied out is that of the parameters as they are now."""
+        torch.manual_seed(3)
+        model = generator(layout, condition_space=space, context=context)
+        model.fit(torch.randn(12, layout.numel), torch.randn(12, CONDITION_DIM), torch.arange(12) % len(model.config.tasks))
+        z, v, found = torch.randn(3, model.config.latent_size), torch.randn(3, CONDITION_DIM), []
+
+        def check():
+            whole = model.decode(z, v).detach()
+            with torch.no_grad():
+                assert (model.decode(z, v) - whole).norm() < 1e-5 * whole.norm()
+            assert model._lazy["folded"].holds()
+            found.append(whole)
+
+        check()
+        network, statistics = model.network, model.statistics
+        parts = [network.basis, network.center, network.scale, network.decoder.output.weight, network.decoder.input.weight]
+        parts += [network.condition.weight, statistics.mean, statistics.std, statistics.condition_mean, statistics.condition_std]
+        parts += [model.space.center, model.space.projection] if model.space else []
+        if model.context:
+            torch.nn.init.normal_(model.context.output.weight)
+            parts += [model.context.latents, model.context.conditions, model.context.value.weight, model.context.query.weight]
+        for part in parts:
+            with torch.no_grad():
+                part.add_(torch.rand_like(part))
+            check()
+        network.basis = torch.nn.Parameter(torch.randn_like(network.basis))
+        check()
+        model.half().float()
+        check()
+        model.load_state_dict({name: tensor * 1.5 for name, tensor in model.state_dict().items()}, assign=True)
+        check()
+        assert all(not torch.equal(one, two) for one, two in itertools.pairwise(found))
+        assert copy.deepcopy(model)._lazy["folded"] is None
+        with torch.inference_mode():
+            network.center = torch.nn.Parameter(torch.ones(layout.numel), requires_grad=False)
+            ones = model.decode(z, v)
+            network.center.zero_()
+            assert model._lazy["folded"] is None and not torch.equal(model.decode(z, v), ones)
+
     def test_a_walk_has_every_tensor_once(self, layout, monkeypatch):
         values = filled(layout)
         for group in (1, 100, 2**18):
             monkeypatch.setattr("peft_icm.adapters.tensors.GROUP", group)
             assert torch.equal(torch.cat(list(layout.parts(values))), layout.flatten(values))
-        assert layout.sha256(values, "bfloat16") != layout.sha256(values)
+        digests = layout.digests(values, ["float32", "bfloat16"])
+        assert digests["bfloat16"] != digests["float32"] == layout.sha256(values)
 
 
 # ---------------------------------------------------------------------- 8 bits
@@ -196,11 +243,12 @@ class Largest(TorchFunctionMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_nothing_of_an_adapter_s_size_is_made_beside_it(dtype, tmp_path, monkeypatch):
     layout = AdapterLayout.from_peft_model(get_peft_model(llama(hidden_size=256), LoraConfig(r=64, target_modules=["q_proj", "v_proj"])))
-    monkeypatch.setattr("peft_icm.generator.networks.PIECE", 256)
+    monkeypatch.setattr("peft_icm.generator.statistics.PIECE", 256)
     model, base = fitted(layout), llama(hidden_size=256)
-    model = quantised(model, tmp_path / "g") if dtype == torch.int8 else model.to(dtype)
+    model = quantised(model, tmp_path / "g").bfloat16() if dtype == torch.int8 else model.to(dtype)
     monkeypatch.setattr("peft_icm.adapters.tensors.GROUP", 1000)
-    monkeypatch.setattr(modeling_icm, "BLOCK", 2000)
+    monkeypatch.setattr(folded, "LARGEST", 0)
+    monkeypatch.setattr(linear_decoder, "BLOCK", 2000)
     with Largest() as watch:
         adapted = model.generate_adapter(base_model=base, task_vector=VECTOR)
         save_adapter(adapted, tmp_path / "a")

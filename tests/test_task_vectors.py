@@ -1,5 +1,7 @@
 """Task vectors inside a generator and a collection: what is read, whose encoder, and from which folder."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,24 @@ class TestInsideAGenerator:
         clip(seed=1).save_pretrained(saved / "encoder")
         with pytest.raises(ValueError, match="is not the one that the task vectors were made with"):
             ICMGenerator.from_pretrained(saved).task_vector("detect sofas")
+
+    def test_a_sentence_is_read_once(self, saved, monkeypatch):
+        monkeypatch.setattr("peft_icm.generator.belongings.Sentences.KEPT", 2)
+        loaded, read = ICMGenerator.from_pretrained(saved), []
+        embed = loaded.encoder._embed
+        monkeypatch.setattr(loaded.encoder, "_embed", lambda items: read.extend(items) or embed(items))
+        vector = loaded.task_vector("detect sofas")
+        vector.zero_()  # whoever asked for it may do with it what he likes
+        loaded.generate_adapter("detect sofas", llama())
+        assert read == ["detect sofas"]
+        torch.testing.assert_close(loaded.task_vector("detect sofas"), clip().encode(["detect sofas"])[0])
+        for text in ("about dogs", "about cats", "detect sofas"):  # of two that are kept
+            loaded.task_vector(text)
+        assert read == ["detect sofas", "about dogs", "about cats", "detect sofas"]
+        assert sorted(loaded._lazy["sentences"]) == ["about cats", "detect sofas"]
+        assert copy.deepcopy(loaded)._lazy["sentences"] == {}  # nor has a pickle what users asked for
+        loaded.encoder = clip()
+        assert loaded._lazy["sentences"] == {}
 
     @pytest.mark.parametrize("text", ["", "  ", 3, ["a", "b"]])
     def test_refuses_what_is_no_sentence(self, saved, text):

@@ -240,6 +240,7 @@ def push_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--with-report", metavar="COLLECTION", help="tell in a generator's card how near it is to these LoRAs")
     p.add_argument("--with-requests", metavar="FILE", help="tell in a generator's card what evaluate --requests ... -o FILE found")
     p.add_argument("--picture", metavar="FILE", help="show a picture in a generator's card, such as demo.png of peft-icm demo")
+    p.add_argument("--dtype", help="push a generator in float32, bfloat16, float16 or int8; by default as it is")
     p.add_argument("--with-base-model", action="store_true", help="push a base model that is a local folder too")
     p.add_argument("--private", action="store_true", help="create a private repo")
     p.add_argument("--revision", help="branch")

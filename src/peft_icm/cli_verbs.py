@@ -331,7 +331,7 @@ def push(args: argparse.Namespace) -> dict[str, Any]:
     what = {COLLECTION: "a collection", ADAPTER: "an adapter"}
     if held is None:
         raise ValueError(f"{folder} holds no generator, no adapter and no collection.")
-    only = {"--with-report": args.with_report, "--with-requests": args.with_requests, "--picture": args.picture}
+    only = {"--with-report": args.with_report, "--with-requests": args.with_requests, "--picture": args.picture, "--dtype": args.dtype}
     for option, value in only.items():
         if value and held in what:
             raise ValueError(f"{option} is for generators, {folder} holds {what[held]}: push it without.")
@@ -355,7 +355,7 @@ def push(args: argparse.Namespace) -> dict[str, Any]:
             from .evaluation.requests import card_facts
 
             generator.config.training = {**(generator.config.training or {}), "requests": card_facts(args.with_requests, generator)}
-        also = {"report": report, "picture": args.picture, "with_base_model": args.with_base_model}
+        also = {"report": report, "picture": args.picture, "dtype": args.dtype, "with_base_model": args.with_base_model}
         info = generator.push_to_hub(args.repo_id, **also, **options)
     say(args, str(info.commit_url))
     return {"repo_id": args.repo_id, "commit": info.oid, "url": str(info.commit_url)}

@@ -23,7 +23,7 @@ from ..disk import safe_name
 from .base import SHARES, SharingLoraModel, check_bare
 from .beside import active_parts, fits_beside, inject_beside
 from .layout import DTYPES, AdapterLayout, same_function
-from .tensors import all_finite, module_of, outside_adapters
+from .tensors import Unfilled, all_finite, module_of, outside_adapters
 
 logger = logging.getLogger(__name__)
 PROVENANCE = "_peft_icm_provenance"
@@ -77,7 +77,7 @@ def attach(
         else:
             model = _add(model, outside, layout, state_dict, adapter_name, is_trainable, copy)
         # On the configuration, which goes when the adapter goes; peft saves its fields alone. In each dtype: a cast is no training.
-        kept = {**provenance, "sha256": {dtype: layout.sha256(state_dict, dtype) for dtype in DTYPES}} if provenance else {}
+        kept = {**provenance, "sha256": layout.digests(state_dict, DTYPES)} if provenance else {}
         vars(model.peft_config[adapter_name])[PROVENANCE] = kept
     return model
 
@@ -189,7 +189,7 @@ def _add(
         layers: dict[str, Any] = {name: module for name, module in outside.items() if isinstance(module, LoraLayer)}
         touched = [model, model.base_model, *layers.values(), *(child for layer in layers.values() for child in layer.children())]
         with unchanged_on_failure(model, touched, active_parts(layers)):
-            with torch.device("meta"):
+            with torch.device("meta"), Unfilled():
                 inject_beside(model, layers, layout.modules, adapter_name, config)
             layers = layers_with(layers, adapter_name)
             _fill(layers, state_dict, adapter_name, is_trainable, copy)
@@ -199,7 +199,7 @@ def _add(
     warn_of_shared_weights(base, layout)
     # Not low_cpu_mem_usage=True, which patches nn.Module for all threads of the process: the device context is of one thread.
     with unchanged_on_failure(model):
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             if isinstance(model, PeftModel):
                 model.add_adapter(adapter_name, config)
                 wrapped = model

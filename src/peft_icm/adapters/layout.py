@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,12 +175,12 @@ class AdapterLayout:
         )
 
     # ------------------------------------------------------------------ what it says
-    @property
+    @functools.cached_property
     def numel(self) -> int:
         """P, the number of parameters of one adapter."""
         return sum(self.sizes)
 
-    @property
+    @functools.cached_property
     def sizes(self) -> list[int]:
         """Number of elements of each tensor, in the order of `keys`."""
         return [math.prod(shape) for shape in self.shapes]
@@ -194,7 +195,7 @@ class AdapterLayout:
         """Bytes of the tensors of one adapter."""
         return self.numel * self.torch_dtype.itemsize
 
-    @property
+    @functools.cached_property
     def modules(self) -> list[str]:
         """Names of the base's modules that carry a LoRA, in the order of `keys`."""
         return list(dict.fromkeys(module_of(key) for key in self.keys))
@@ -214,12 +215,12 @@ class AdapterLayout:
                 return f"{name}: expected {self.peft_config.get(name)}, found {other.peft_config.get(name)}"
         return "nothing"
 
-    @property
+    @functools.cached_property
     def ranks(self) -> dict[str, int]:
         """Rank of each module's LoRA, in the order of [`~AdapterLayout.modules`]."""
         return ranks_of(self.keys, self.shapes)
 
-    @property
+    @functools.cached_property
     def scales(self) -> list[float]:
         """s of each module, in the order of [`~AdapterLayout.modules`]: the update of its weight is s BA."""
         return scales(self.peft_config, self.ranks)
@@ -264,23 +265,21 @@ class AdapterLayout:
             flat = [state_dict[key].detach().reshape(-1) for key in self.keys[group]]
             yield flat[0] if len(flat) == 1 else torch.cat(flat)
 
-    def sha256(self, state_dict: Mapping[str, Tensor], dtype: str | None = None) -> str:
-        """Hex digest over the values of an adapter, bit by bit: whether it still is what it was.
+    def sha256(self, state_dict: Mapping[str, Tensor]) -> str:
+        """Hex digest over the values of an adapter, bit by bit: whether it still is what it was."""
+        return self.digests(state_dict, [self.dtype])[self.dtype]
 
-        Args:
-            state_dict (`Mapping[str, Tensor]`): Exactly the tensors of this layout.
-            dtype (`str`, *optional*): What it would be after a cast to this one of [`DTYPES`].
-
-        Returns:
-            `str`
+    def digests(self, state_dict: Mapping[str, Tensor], dtypes: Iterable[str]) -> dict[str, str]:
+        """[`~AdapterLayout.sha256`] of what an adapter would be after a cast to each of some dtypes, in one walk.
 
         Raises:
             `ValueError`: As [`~AdapterLayout.flatten`].
         """
-        digest = hashlib.sha256()
+        found = {dtype: hashlib.sha256() for dtype in dtypes}
         for part in self.parts(state_dict):
-            digest.update(part.to("cpu", DTYPES[dtype or self.dtype]).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+            for dtype, digest in found.items():
+                digest.update(part.to("cpu", DTYPES[dtype]).view(torch.uint8).numpy().data)
+        return {dtype: digest.hexdigest() for dtype, digest in found.items()}
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Cut a vector into the named tensors of an adapter; the inverse of [`~AdapterLayout.flatten`].

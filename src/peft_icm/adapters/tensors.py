@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 PREFIX = "base_model.model."
 KeyMap = Sequence[tuple[str, str]]
@@ -111,6 +112,13 @@ def outside_adapters(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+class Unfilled(TorchFunctionMode):
+    """Linear layers are made without drawing their first random numbers: on the meta device that takes longer than all the rest."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return kwargs["tensor"] if func is nn.init.kaiming_uniform_ else func(*args, **(kwargs or {}))
+
+
 def groups(sizes: Sequence[int]) -> Iterator[slice]:
     """A walk over tensors in few steps and little memory: those in a row of at most 2^18 numbers together, or a single one."""
     first, numbers = 0, 0
@@ -122,9 +130,10 @@ def groups(sizes: Sequence[int]) -> Iterator[slice]:
     yield slice(first, len(sizes))
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has neither NaN nor infinite values: by its extremes, which take a tenth of `isfinite`'s time and no memory."""
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+def all_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether a tensor has neither NaN nor infinite values, nor would have after a cast: by its extremes, which take a tenth of
+    `isfinite`'s time and no memory."""
+    return bool(torch.stack(tensor.aminmax()).to(dtype or tensor.dtype).isfinite().all())
 
 
 @functools.lru_cache(2**14)  # a swap asks for each key several times

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..adapters.layout import AdapterLayout
-from ..generator.networks import Statistics
 from ..generator.sampling import Generators, as_conditions, draw_noise
+from ..generator.statistics import Statistics
 from .base import stored_bytes
 
 PREDICTION = "v_prediction"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters.base import load_base, share_tensors
@@ -46,6 +47,22 @@ class Source(dict[str, Any]):
         return {name: self[name] for name in ("token", "cache_dir", "local_files_only") if name in self}
 
 
+class Sentences(dict[str, Tensor]):
+    """Task vectors of the sentences that were read last: what is read is generated next, and a server is asked for the same tasks again.
+    A pickle or a copy has none of them."""
+
+    KEPT = 256
+
+    def __setitem__(self, sentence: str, vector: Tensor) -> None:
+        if len(self) >= self.KEPT:
+            self.pop(next(iter(self)), None)
+        super().__setitem__(sentence, vector)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Nothing of what users asked for."""
+        return type(self), ()
+
+
 class BelongingsMixin:
     """The side of [`ICMGenerator`] that loads what it needs."""
 
@@ -80,7 +97,7 @@ class BelongingsMixin:
                 f"This generator's condition_dim is {self.config.condition_dim}, the {encoder.kind} encoder's task vectors have"
                 f" {encoder.dim} numbers: they must be one. Pass the encoder that it was trained with."
             )
-        self._lazy["encoder"] = encoder
+        self._lazy |= {"encoder": encoder, "sentences": Sentences()}
 
     def _load_encoder(self, config: Mapping[str, Any]) -> TaskEncoder:
         folder, parts = config.get("folder"), config.get("parts")

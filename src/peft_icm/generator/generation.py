@@ -19,9 +19,9 @@ from ..conditioning.spelling import respell
 from ..disk import MAX_NAME_BYTES
 from ..unknown import OnUnknown, check_request
 from .belongings import BelongingsMixin
-from .networks import Statistics
 from .requests import RequestsMixin, TaskInputs, scaled
 from .sampling import Generators, as_conditions
+from .statistics import Statistics
 
 
 class AdapterMixin(BelongingsMixin, RequestsMixin):
@@ -29,8 +29,8 @@ class AdapterMixin(BelongingsMixin, RequestsMixin):
 
     sample: Callable[..., Tensor]
     statistics: Statistics
-    _draw: Callable[..., Tensor]
-    _decode_into: Callable[..., Tensor]
+    _draw: Callable[..., tuple[Tensor, Tensor]]
+    _writer: Callable[..., Callable[[int, Tensor], Tensor]]
 
     # ------------------------------------------------------------------ conditions
     def task_vector(
@@ -73,7 +73,7 @@ class AdapterMixin(BelongingsMixin, RequestsMixin):
         if text is not None:
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"text={text!r} must be a non-empty sentence, such as 'detect sofas'.")
-            vectors.append(self.encoder.read("text", [respell(text, self.config.words or (), self.encoder)])[0])
+            vectors.append(self._vector_of(respell(text, self.config.words or (), self.encoder)))
         if examples is not None:
             if isinstance(examples, str) or not examples:
                 raise ValueError(f"examples={examples!r} must be a non-empty list of strings.")
@@ -81,6 +81,13 @@ class AdapterMixin(BelongingsMixin, RequestsMixin):
         if images is not None:
             vectors.append(self.encoder.average(self.encoder.read("images", open_images(images))))
         return vectors[0] if len(vectors) == 1 else self.encoder.average(torch.stack(vectors))
+
+    def _vector_of(self, sentence: str) -> Tensor:
+        encoder, kept = self.encoder, self._lazy["sentences"]
+        vector = kept.get(sentence)
+        if vector is None:
+            vector = kept[sentence] = encoder.read("text", [sentence])[0]
+        return vector.clone()
 
     # ------------------------------------------------------------------ adapters
     def generate_state_dict(
@@ -135,18 +142,18 @@ class AdapterMixin(BelongingsMixin, RequestsMixin):
 
     @torch.inference_mode(False)  # as attach's _fill, whose parameters these tensors become
     @torch.no_grad()
-    def _tensors(self, coordinates: Tensor, strength: float) -> dict[str, Tensor]:
-        """One adapter of what `_draw` gave for it, `[1, R]`: its tensors are decoded in turn, and it is never whole beside them."""
-        layout, sizes, units, first = self.layout, self.layout.sizes, self.statistics.units(), 0
+    def _tensors(self, drawn: tuple[Tensor, Tensor], strength: float) -> dict[str, Tensor]:
+        """The one adapter of what `_draw` gave for it: its tensors are decoded in turn, and it is never whole beside them."""
+        layout, sizes, device, first = self.layout, self.layout.sizes, self.statistics.mean.device, 0
+        write = self._writer(*drawn)
         found: dict[str, Tensor] = {}
-        for group in groups(layout.sizes):
+        for group in groups(sizes):
             count = sum(sizes[group])
-            part = self._decode_into(coordinates, units, first, torch.empty(1, count, device=coordinates.device))[0].to(
-                "cpu", layout.torch_dtype
-            )
-            if not all_finite(part):
+            part = write(first, torch.empty(1, count, device=device))[0]
+            if not all_finite(part, layout.torch_dtype):
                 raise ValueError(f"The generated adapter holds NaN or infinite values in {layout.dtype}: lower the temperature.")
-            parts = [part] if count == sizes[group.start] else [values.clone() for values in part.split(sizes[group])]
+            own = {"copy": count > sizes[group.start]}  # each tensor in memory of its own
+            parts = (values.to("cpu", layout.torch_dtype, **own) for values in part.split(sizes[group]))
             named = zip(layout.keys[group], layout.shapes[group], parts, strict=True)
             found |= scaled({key: values.view(shape) for key, shape, values in named}, strength)
             first += count
@@ -242,15 +249,15 @@ class AdapterMixin(BelongingsMixin, RequestsMixin):
             raise ValueError(f"Expected {len(texts)} different adapter names, found {names}.")
         check_request(on_unknown, strength)
         vectors, strengths = zip(*[self._answer(self.task_vector(text), text, on_unknown, strength) for text in texts], strict=True)
-        coordinates = self._draw(torch.stack(vectors), 1, generator, temperature)
+        drawn = zip(*(rows.split(1) for rows in self._draw(torch.stack(vectors), 1, generator, temperature)), strict=True)
         model = self._base_for(base_model, base_model_kwargs)
         generators = generator if isinstance(generator, Sequence) else [generator] * len(names)
         with unchanged_on_failure(model):
-            for name, text, row, source, factor in zip(names, texts, coordinates, generators, strengths, strict=True):
+            for name, text, own, source, factor in zip(names, texts, drawn, generators, strengths, strict=True):
                 model = attach(
                     model,
                     self.layout,
-                    self._tensors(row[None], factor),
+                    self._tensors(own, factor),
                     adapter_name=name,
                     is_trainable=is_trainable,
                     provenance=self._facts(text, temperature, source, factor),

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_icm import ICMConfig
+from .statistics import Statistics
+
+BLOCK = 2**21  # numbers that are worked on at once: they stay in a processor's cache
 
 
 class LinearDecoder(nn.Module):
@@ -55,33 +58,35 @@ class LinearDecoder(nn.Module):
         return torch.addmm(self.center, coordinates, self.rows.to(coordinates.dtype))
 
     @torch.no_grad()
-    def write(self, coordinates: Tensor, first: int, mean: Tensor, std: Tensor, out: Tensor) -> None:
-        """Write some columns of the adapters, in their own units.
-
-        Mean and deviation go into these columns of U where that is less work than into those of the result.
+    def writer(self, coordinates: Tensor, statistics: Statistics) -> Callable[[int, Tensor], Tensor]:
+        """What writes columns of adapters in their own units, so that nothing of the size of an adapter is made beside it.
 
         Args:
-            coordinates (`Tensor`): `[B, R]`.
-            first (`int`): The first column.
-            mean (`Tensor`): `[n / p, 1]`, one for p columns.
-            std (`Tensor`): `[n / p, 1]`.
-            out (`Tensor`): `[B, n]` fp32.
+            coordinates (`Tensor`): `[B, R]` of the adapters.
+            statistics ([`Statistics`]): Their units.
+
+        Returns:
+            `Callable[[int, Tensor], Tensor]`: Takes the first column, where a tensor begins, and `[B, n]` fp32 to write; returns that.
         """
-        columns, pieces = slice(first, first + out.shape[1]), (len(mean), -1)
-        center, basis = self.center[columns], self.basis[:, columns]
-        if not basis.is_floating_point():
-            coordinates, center, basis = coordinates.float() * self.row_scale.float(), center.float(), basis.float()
-        if basis.dtype == torch.float32 and len(basis) < 3 * len(coordinates):  # one pass over U against three over the result
-            folded = basis.new_empty(len(basis) + 1, basis.shape[1])
-            torch.mul(basis.unflatten(1, pieces), std, out=folded[:-1].unflatten(1, pieces))
-            torch.mul(center.unflatten(0, pieces), std, out=folded[-1].unflatten(0, pieces)).add_(mean)
-            torch.mm(torch.cat([coordinates, coordinates.new_ones(len(coordinates), 1)], dim=1), folded, out=out)
-        else:
-            if basis.dtype == torch.float32:
-                torch.addmm(center, coordinates, basis, out=out)
-            else:
-                out.copy_(torch.addmm(center, coordinates, basis))
-            out.unflatten(1, pieces).mul_(std).add_(mean)  # addcmul is five times as slow where it broadcasts
+        (mean, std), piece = statistics.units(), statistics.piece
+        if not self.basis.is_floating_point():
+            coordinates = coordinates.float() * self.row_scale
+        step = max(1, BLOCK // (len(coordinates) + len(self.basis)) // piece) * piece
+
+        def write(first: int, out: Tensor) -> Tensor:
+            for part in out.split(step, 1):
+                last = first + part.shape[1]
+                center, basis = (columns[..., first:last].to(coordinates.dtype) for columns in (self.center, self.basis))
+                if coordinates.dtype == part.dtype:
+                    torch.addmm(center, coordinates, basis, out=part)
+                else:
+                    part.copy_(torch.addmm(center, coordinates, basis))
+                places = slice(first // piece, last // piece)
+                part.unflatten(1, (-1, piece)).mul_(std[places]).add_(mean[places])  # addcmul is five times as slow where it broadcasts
+                first = last
+            return out
+
+        return write
 
 
 @torch.no_grad()

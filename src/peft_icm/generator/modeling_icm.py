@@ -14,15 +14,15 @@ from .adapting import AdaptingMixin
 from .belongings import Source
 from .condition_space import ConditionSpace
 from .configuration_icm import ICMConfig
-from .networks import NETWORKS, ContextAttention, Statistics
+from .folded import folded
+from .networks import NETWORKS, ContextAttention
 from .reading import Reader
 from .sampling import Generators, as_conditions, draw_noise
 from .saving import SavedModel
 from .serving import ServingMixin
+from .statistics import Statistics
 from .text_reading import TextReader
 from .weights import EXACT
-
-BLOCK = 2**20  # numbers that decoding works on at once: they stay in a processor's cache
 
 
 @dataclass
@@ -212,38 +212,20 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         """
         if torch.is_grad_enabled():
             return self.statistics.denormalize(self._decode(latent, self.normalize_condition(condition)))
-        return self._whole(self._coordinates(latent, condition))
+        return self._whole(latent, condition)
 
-    def _coordinates(self, latent: Tensor, condition: Tensor) -> Tensor:
-        """What `_decode_into` makes adapters of: `[B, k]` z and `[B, d]` task vectors -> `[B, R]`, or `[B, P]` for `"paper"`."""
-        v = self.normalize_condition(condition)
-        v = v if self.context is None else self.context(v)
-        return self.network.coordinates(latent.to(v.dtype), v)
-
-    def _whole(self, coordinates: Tensor) -> Tensor:
-        out = torch.empty(len(coordinates), sum(self.statistics.sizes), device=coordinates.device)
-        return self._decode_into(coordinates, self.statistics.units(), 0, out)
+    def _whole(self, latent: Tensor, condition: Tensor) -> Tensor:
+        return self._writer(latent, condition)(0, torch.empty(len(latent), self.layout.numel, device=self.statistics.mean.device))
 
     @torch.no_grad()
-    def _decode_into(self, coordinates: Tensor, units: tuple[Tensor, Tensor], first: int, out: Tensor) -> Tensor:
-        """Decode tensors that follow one another, in their units, a few columns at a time: nothing of their size is made beside them.
-
-        Args:
-            coordinates (`Tensor`): `[B, R]`, of `_coordinates`.
-            units (`tuple[Tensor, Tensor]`): [`Statistics.units`].
-            first (`int`): Where in the vector of an adapter they begin.
-            out (`Tensor`): `[B, n]` fp32, where they are written.
-
-        Returns:
-            `Tensor`: `out`.
-        """
-        piece = self.statistics.piece
-        step = max(1, BLOCK // (len(coordinates) + (self.config.num_components or 0)) // piece) * piece
-        for start in range(0, out.shape[1], step):
-            part = out[:, start : start + step]
-            places = slice((first + start) // piece, (first + start + part.shape[1]) // piece)
-            self.network.write(coordinates, first + start, units[0][places], units[1][places], part)
-        return out
+    def _writer(self, latent: Tensor, condition: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """What writes columns of the adapters of z `[B, k]` and task vectors `[B, d]`: see [`LinearDecoder.writer`]."""
+        few = self._lazy["folded"] = folded(self._lazy.get("folded"), self.network, self.statistics, self.space, self.context)
+        if few is not None:
+            return few.writer(latent, condition)
+        v = self.normalize_condition(condition)
+        v = v if self.context is None else self.context(v)
+        return self.network.writer(self.network.coordinates(latent.to(v.dtype), v), self.statistics)
 
     @torch.no_grad()
     def fit(self, parameters: Tensor | SnapshotMatrix, conditions: Tensor, tasks: Tensor | None = None) -> None:
@@ -336,13 +318,14 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         Raises:
             `ValueError`: If a shape, the number of generators, or the temperature does not fit.
         """
-        return self._whole(self._draw(condition, num_samples, generator, temperature))
+        return self._whole(*self._draw(condition, num_samples, generator, temperature))
 
-    @torch.no_grad()
-    def _draw(self, condition: Tensor, num_samples: int = 1, generator: Generators = None, temperature: float = 1.0) -> Tensor:
-        """What [`~ICMGenerator.sample`] decodes, `[n * num_samples, R]`; arguments and errors as there."""
+    def _draw(
+        self, condition: Tensor, num_samples: int = 1, generator: Generators = None, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """What [`~ICMGenerator.sample`] decodes, z `[n * num_samples, k]` and the task vectors; arguments and errors as there."""
         rows = as_conditions(condition, num_samples, temperature, self.config.condition_dim)
-        return self._coordinates(draw_noise(len(rows), self.config.latent_size, generator, self.device) * temperature, rows)
+        return draw_noise(len(rows), self.config.latent_size, generator, self.device) * temperature, rows
 
     def train(self, mode: bool = True) -> ICMGenerator:
         """As in torch; a generator of 8 bits stays in eval mode.

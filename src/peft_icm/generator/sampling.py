@@ -37,7 +37,7 @@ def as_conditions(condition: Tensor, num_samples: int, temperature: float, dim: 
         raise ValueError(f"temperature={temperature!r} must be a finite number >= 0.")
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"num_samples={num_samples!r} must be an integer >= 1.")
-    return rows.repeat_interleave(num_samples, 0)
+    return rows[:, None].expand(-1, num_samples, -1).flatten(0, 1)  # of one task vector without a copy
 
 
 def draw_noise(count: int, size: int, generator: Generators, device: torch.device | str = "cpu") -> Tensor:
