@@ -229,6 +229,7 @@ def test_without_a_mouse_and_without_a_trace_of_the_token(visit):
     page.locator("a[download]").first.wait_for()
     tab_to(page, "Push it to the Hub")
     page.keyboard.press("Space")
+    expect(page.get_by_label("Repo, such as")).to_be_visible()
     tab_to(page, "Repo, such as")
     page.keyboard.type("me/demo")
     tab_to(page, "Access token")
