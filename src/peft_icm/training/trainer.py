@@ -163,6 +163,10 @@ class ICMTrainer(Trainer):
         self.add_callback(ReportFigure(self))
 
     # ------------------------------------------------------------------ what the objective decides
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        dataset = dataset if is_training else self.objective.evaluated(dataset)
+        return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.objective.sampler(train_dataset or self.train_dataset)
 
@@ -195,10 +199,9 @@ class ICMTrainer(Trainer):
             return self.objective.predict(self, model, inputs)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Keep what [`ReportFigure`] draws: the log takes numbers alone."""
-        found = super().evaluation_loop(dataloader, *args, **kwargs)
-        self.bars = self.objective.bars(dataloader.dataset, found)
-        return found
+        """Keep what was found, for [`ReportFigure`]: the log takes numbers alone."""
+        self.found = super().evaluation_loop(dataloader, *args, **kwargs)
+        return self.found
 
     # ------------------------------------------------------------------ the end
     def train(self, *args: Any, **kwargs: Any) -> Any:
