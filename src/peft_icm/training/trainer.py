@@ -80,7 +80,7 @@ def _or_the_order_of_0_1_0(init: Callable[..., None]) -> Callable[..., None]:
     return either
 
 
-def _repo_id(args: ICMTrainingArguments) -> str:
+def _repo_id(args: TrainingArguments) -> str:
     return args.hub_model_id or Path(args.output_dir or ".").absolute().name
 
 
@@ -171,7 +171,7 @@ class ICMTrainer(Trainer):
     # ------------------------------------------------------------------ what the objective decides
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         dataset = dataset if is_training else self.objective.evaluated(dataset)
-        return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.objective.sampler(train_dataset or self.train_dataset)
@@ -243,7 +243,7 @@ class ICMTrainer(Trainer):
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """The Trainer's; of `args.push_to_hub` the repo is there since the trainer was made."""
         if self.args.push_to_hub:
-            self.hub_model_id, self.push_in_progress = self.args.hub_model_id, None
+            self.hub_model_id, self.push_in_progress = self.args.hub_model_id, None  # type: ignore[assignment]
         else:
             super().init_hf_repo(token, private)
 
