@@ -172,6 +172,11 @@ class TestLooking:
 
 
 class TestTime:
+    def test_what_is_written_in_time_is_shown(self, services):
+        service = services["text"]
+        for model in (service.base, service.adapt(Request(SENTENCES["text"]))):
+            assert sum(token.new for token in service.go_on(model, OPENING, seed=0, seconds=0.0)) == 1
+
     def test_a_request_is_stopped_before_the_next_layer_and_the_page_goes_on(self, services):
         for name, service in services.items():
             request = Request(SENTENCES[name])

@@ -70,6 +70,10 @@ class TestBars:
         assert base.sum() * 4 == pytest.approx(own.sum(), rel=0.1) and base.sum() * 2 == pytest.approx(generated.sum(), rel=0.1)
         assert np.flatnonzero(generated.any(1))[-1] > np.flatnonzero(own.any(1))[-1]  # one goes below zero
 
+    def test_a_dollar_is_no_mathematics(self, tmp_path):
+        plot_bars(["a$^$", "$x$"], {"$_$": [1.0, 2.0]}, "$\\", tmp_path / "bars.png")
+        assert pixels(tmp_path / "bars.png").min() < 50
+
 
 def found(*objects):
     boxes, labels, scores = zip(*objects, strict=True) if objects else ((), (), ())

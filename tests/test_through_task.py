@@ -100,6 +100,14 @@ class TestTraining:
         assert facts["objective"] == "task" and facts["tasks"] == 3 and len(facts["metrics"]) == 3
         assert run.generator.network.deviations().max() > 0
 
+    @pytest.mark.parametrize("batch", [6, 16, 64])
+    def test_tasks_trained_on_are_scored_too(self, language, tmp_path, batch):
+        run = trainer(language, tmp_path, per_device_train_batch_size=batch)
+        metrics = run.evaluate(run.train_dataset)
+        assert metrics["eval_loss"] == pytest.approx(metrics["eval_base_loss"], rel=0.02)
+        read = [int(task) for inputs in run.get_eval_dataloader(run.train_dataset) for task in inputs["task"]]
+        assert read == [task for task in range(3) for _ in range(16)]
+
     def test_the_loss_is_that_of_the_base_with_peft(self, world, tmp_path):
         run = trainer(world, tmp_path)
         sample = run.train_dataset[(0, 0, 1)]

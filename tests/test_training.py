@@ -239,11 +239,22 @@ def test_who_may_not_push_learns_so_before_the_training(hub, token, tmp_path):
     options = {"push_to_hub": True, "hub_model_id": "org/trained", "num_train_epochs": 2}
     with pytest.raises(HTTPError, match="org/trained cannot be pushed to, the Hub answered 403"):
         ICMTrainer(config(), arguments(tmp_path, hub_token=READER, **options), collection=tiny_collection())
+    with pytest.raises(HTTPError, match="org/trained cannot be pushed to, the Hub answered 403"):  # before it looks at what to train on
+        ICMTrainer(config(), arguments(tmp_path, hub_token=READER, **options))
     assert not hub.repos
-    ICMTrainer(config(), arguments(tmp_path, hub_token=token, **options), collection=tiny_collection())
-    assert hub.repos["models", "org/trained"].log == ["initial commit"]
+    hub.requests.clear()
+    trainer = ICMTrainer(config(), arguments(tmp_path, hub_token=token, **options), collection=tiny_collection())
+    assert hub.repos["models", "org/trained"].log == ["initial commit"] and trainer.hub_model_id == "org/trained"
+    assert hub.requests.count(("POST", "/api/repos/create")) == 1
     with pytest.raises(HTTPError, match="org/trained cannot be pushed to, the Hub answered 403"):  # of a repo that is there
         ICMTrainer(config(), arguments(tmp_path, hub_token=READER, **options), collection=tiny_collection())
+
+
+def test_an_explicit_private_is_obeyed(hub, token, tmp_path):
+    trainer = ICMTrainer(config(), arguments(tmp_path, hub_private_repo=True, hub_token=token), collection=tiny_collection())
+    trainer.args.hub_model_id = "org/open"
+    trainer.init_hf_repo(private=False)
+    assert not hub.repos["models", "org/open"].private
 
 
 class TestRefusals:

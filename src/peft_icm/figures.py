@@ -121,11 +121,14 @@ def plot_bars(names: Sequence[str], bars: Mapping[str, Sequence[float]], label: 
 
 
 def save_figure(figure: Figure, file: str | os.PathLike[str]) -> None:
-    """Write a figure as PNG to a temporary name, rename it, and close it."""
+    """Write a figure as PNG to a temporary name, rename it, and close it. Its texts are no mathematics: `$` is a dollar."""
     from matplotlib import pyplot
+    from matplotlib.text import Text
 
     temporary = Path(f"{file}.part")
     try:
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)
         figure.savefig(temporary, dpi=130, format="png")
     finally:
         pyplot.close(figure)

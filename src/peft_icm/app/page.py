@@ -84,7 +84,8 @@ def build(service: Service) -> gr.Blocks:
                 pictures = own or serving.scenes(reading)
                 side = rendering.looked_at(service.look(model, pictures), len(pictures))
             else:
-                side = rendering.continued(*(service.go_on(one, scene, request.seed) for one in (service.base, model)))
+                writing = (end - time.monotonic()) / 3  # for each of the two; the rest is for reading what they wrote
+                side = rendering.continued(*(service.go_on(one, scene, request.seed, writing) for one in (service.base, model)))
         yield heard, side, model, gr.update(visible=True), gr.skip()
 
     @_told

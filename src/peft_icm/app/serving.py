@@ -41,7 +41,6 @@ SHOWN = 3  # bundled scenes that are looked at where there are none of the user'
 SIDE = 1024  # pixels, the longer side of a picture that is looked at
 NEW_TOKENS = 60
 SECONDS = 60.0  # after which a request is stopped
-WRITING = 20.0  # seconds after which base or adapted model begins no token of a continuation; what they wrote is shown
 MAX_SEED = 2**63 - 1
 
 
@@ -175,16 +174,17 @@ class Service:
         )
 
     @torch.no_grad()
-    def go_on(self, model: Any, text: str, seed: int) -> list[Token]:
+    def go_on(self, model: Any, text: str, seed: int, seconds: float = SECONDS / 3) -> list[Token]:
         """A text and how a model goes on from it, with the surprise of each token.
 
         Args:
             model (`PreTrainedModel` or `PeftModel`): The base, or what [`~Service.adapt`] returned.
             text (`str`): Its last 2,000 characters are read, and of these what leaves room for 60 tokens.
             seed (`int`): Of the continuation.
+            seconds (`float`, defaults to 20): After which it begins no token.
 
         Returns:
-            `list[Token]`: The text's, then those that the model wrote: 60, or as many as it could in 20 seconds.
+            `list[Token]`: The text's, then those that the model wrote: 60, or as many as it could in that time.
 
         Raises:
             `ValueError`: If there is no text, or the tokenizer has neither BOS nor EOS to put before it.
@@ -202,7 +202,7 @@ class Service:
             torch.manual_seed(seed)
             tokens = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.7, max_new_tokens=NEW_TOKENS,
-                max_time=WRITING, pad_token_id=tokenizer.eos_token_id,
+                max_time=seconds, pad_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
         nats = F.cross_entropy(model(input_ids=tokens).logits[0, :-1].float(), tokens[0, 1:], reduction="none")
         return _pieces(tokenizer, tokens[0, 1:].tolist(), nats.tolist(), len(own))

@@ -203,13 +203,16 @@ def push_folder(
             )
 
 
-def check_pushable(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> None:
-    """Refuse before the work what could not be pushed after it.
+def check_pushable(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
+    """Create a repo, and refuse before the work what could not be pushed after it.
 
     Args:
         repo_id (`str`): `"org/name"` of a model; created where it does not exist.
         private (`bool`, *optional*): Create a private repo.
         token (`str` or `bool`, *optional*): Access token; by default the stored one.
+
+    Returns:
+        `str`: `"org/name"`.
 
     Raises:
         `ValueError`: If `repo_id` cannot be one.
@@ -221,6 +224,7 @@ def check_pushable(repo_id: str, *, private: bool | None = None, token: str | bo
     with _refusals(f"Nothing was done, {repo_id} cannot be pushed to"):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)  # of a repo that is there, create_repo asks no right to write
+    return str(repo_id)
 
 
 @contextmanager

@@ -97,6 +97,10 @@ class Reconstruction:
             logger.warning("No snapshot is held out (held_out=%g, one snapshot for each task?): nothing is evaluated.", args.held_out)
         self._parts: dict[str, tuple[Tensor, int]] = {}  # sums since the last log, and of how many steps
 
+    def evaluated(self, dataset: EpisodeDataset) -> EpisodeDataset:
+        """What an evaluation reads of a data set: its snapshots, once."""
+        return dataset
+
     def sampler(self, dataset: Any, evaluate: bool = False) -> EpisodeSampler:
         """The order of the episodes."""
         return EpisodeSampler(dataset, evaluate)

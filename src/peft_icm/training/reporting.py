@@ -35,7 +35,7 @@ class ReportFigure(TrainerCallback):
         reporters = [one for one in self.trainer.callback_handler.callbacks if isinstance(one, REPORTERS)]
         if not reporters or not state.is_world_process_zero:
             return
-        names, bars, label = self.trainer.bars
+        names, bars, label = self.trainer.objective.bars(kwargs["eval_dataloader"].dataset, self.trainer.found)
         worst = next(iter(bars.values())).argsort()[:SHOWN].tolist()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "tasks.png")

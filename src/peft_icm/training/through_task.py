@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoConfig, AutoProcessor, EvalPrediction, PreTrainedModel, ProcessorMixin, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -50,7 +50,6 @@ class TaskEpisodes(Dataset[dict[str, Tensor]]):
         args ([`ICMTrainingArguments`]): Seed, handful, noise, dropout.
         generator ([`ICMGenerator`]): Its latent size and what its condition space takes for noise.
         encoder (`TaskEncoder`): How it averages.
-        evaluate (`bool`, defaults to `False`): 16 examples of each task are one round; else whole batches, of every task once at least.
     """
 
     def __init__(
@@ -61,7 +60,6 @@ class TaskEpisodes(Dataset[dict[str, Tensor]]):
         args: ICMTrainingArguments,
         generator: ICMGenerator,
         encoder: TaskEncoder,
-        evaluate: bool = False,
     ):
         self.names, self.datasets, self.vectors, self.args, self.encoder = names, datasets, vectors, args, encoder
         self.latent_size, self.no_condition = generator.config.latent_size, generator.no_condition.cpu()
@@ -69,11 +67,10 @@ class TaskEpisodes(Dataset[dict[str, Tensor]]):
         self.space, self.deviation = copy.deepcopy(generator.space), generator.statistics.condition_std.cpu()
         if self.space is not None:
             self.space.cpu()
-        batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-        self.length = len(datasets) * EVALUATED if evaluate else -(-len(datasets) // batch) * batch
+        self.batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
 
     def __len__(self) -> int:
-        return self.length
+        return -(-len(self.datasets) // self.batch) * self.batch
 
     def __getitem__(self, key: Key) -> dict[str, Tensor]:
         epoch, position, task = key
@@ -106,24 +103,40 @@ class TaskEpisodes(Dataset[dict[str, Tensor]]):
         return digest.hexdigest()
 
 
-class TaskSampler(Sampler[Key]):
-    """The task is drawn first: tasks in a fresh random order, round after round, in whole batches. Epoch -1 is the evaluation."""
+class TaskRound(Dataset[dict[str, Tensor]]):
+    """What an evaluation reads of tasks: 16 examples of each in turn, at epoch -1.
 
-    def __init__(self, dataset: TaskEpisodes, evaluate: bool = False):
-        self.dataset, self.epoch, self.evaluate = dataset, -1 if evaluate else 0, evaluate
+    A data set of its own: of several processes, only as many results are kept as it is long.
+
+    Args:
+        episodes ([`TaskEpisodes`]): Of the tasks.
+    """
+
+    def __init__(self, episodes: TaskEpisodes):
+        self.episodes = episodes
+
+    def __len__(self) -> int:
+        return len(self.episodes.datasets) * EVALUATED
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        return self.episodes[-1, position, position // EVALUATED]
+
+
+class TaskSampler(Sampler[Key]):
+    """The task is drawn first: tasks in a fresh random order, round after round, in whole batches."""
+
+    def __init__(self, dataset: TaskEpisodes):
+        self.dataset, self.epoch = dataset, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer."""
-        self.epoch = -1 if self.evaluate else epoch
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[Key]:
         count = len(self.dataset.datasets)
-        if self.evaluate:
-            yield from ((-1, position, position // EVALUATED) for position in range(len(self)))
-            return
         draw = seeded(self.dataset.args.seed, self.epoch, "tasks")
         rounds = -(-len(self) // count)
         tasks = torch.cat([torch.randperm(count, generator=draw) for _ in range(rounds)])
@@ -195,17 +208,21 @@ class ThroughTask:
             shard(self.base, args)
         self.base.to(args.device)  # type: ignore[arg-type]
 
-        def episodes(found: Sequence[Any], conditions: list[list[Tensor]], evaluate: bool = False) -> TaskEpisodes:
+        def episodes(found: Sequence[Any], conditions: list[list[Tensor]]) -> TaskEpisodes:
             datasets = [numbered_examples(task, processor, **args.dataset_kwargs) for task in found]
-            return TaskEpisodes([task.name for task in found], datasets, conditions, args, self.generator, encoder, evaluate)
+            return TaskEpisodes([task.name for task in found], datasets, conditions, args, self.generator, encoder)
 
         self.means = torch.stack([encoder.average(torch.cat(groups)) for groups in vectors])
         self.train_dataset = episodes(self.tasks, vectors)
-        self.eval_dataset = {"unseen": episodes(eval_tasks, unseen, evaluate=True)} if eval_tasks else None
+        self.eval_dataset = {"unseen": episodes(eval_tasks, unseen)} if eval_tasks else None
 
-    def sampler(self, dataset: Any, evaluate: bool = False) -> TaskSampler:
+    def evaluated(self, dataset: TaskEpisodes) -> TaskRound:
+        """What an evaluation reads of a data set."""
+        return TaskRound(dataset)
+
+    def sampler(self, dataset: Any, evaluate: bool = False) -> Sampler[Any]:
         """The order of the tasks."""
-        return TaskSampler(dataset, evaluate)
+        return SequentialSampler(dataset) if evaluate else TaskSampler(dataset)
 
     def refresh(self) -> None:
         """Measure how far the adapters of the tasks lie from each other; pairs of a context are those of a collection."""
@@ -262,12 +279,12 @@ class ThroughTask:
         own, shared, base = (float(torch.as_tensor(part).sum() / tokens) for part in prediction.predictions)
         return {"loss": own, "shared_loss": shared, "base_loss": base, "gain": shared - own}
 
-    def bars(self, dataset: TaskEpisodes, found: EvalLoopOutput) -> Bars:
+    def bars(self, dataset: TaskRound, found: EvalLoopOutput) -> Bars:
         """What each task's adapter, and the one without a condition, gain over the base."""
         parts = (*found.predictions, found.label_ids)
         own, shared, base, tokens = (torch.as_tensor(part).view(-1, EVALUATED).sum(1) for part in parts)
         gains = {"own condition": (base - own) / tokens, "no condition": (base - shared) / tokens}
-        return dataset.names, gains, "gain over the base (nats per token)"
+        return dataset.episodes.names, gains, "gain over the base (nats per token)"
 
     def facts(self, metrics: dict[str, float]) -> dict[str, Any]:
         """What the card says of the data and of what was measured on it."""

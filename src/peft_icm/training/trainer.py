@@ -80,6 +80,10 @@ def _or_the_order_of_0_1_0(init: Callable[..., None]) -> Callable[..., None]:
     return either
 
 
+def _repo_id(args: TrainingArguments) -> str:
+    return args.hub_model_id or Path(args.output_dir or ".").absolute().name
+
+
 class ICMTrainer(Trainer):
     """Trains an [`ICMGenerator`]: on the snapshots of an [`AdapterCollection`], or through the loss of tasks on a base model.
 
@@ -132,6 +136,8 @@ class ICMTrainer(Trainer):
     ):
         args = args or ICMTrainingArguments()
         make_folder(args.output_dir or ".", "output_dir")
+        if args.push_to_hub and args.process_index == 0:  # before anything is encoded
+            args.hub_model_id = check_pushable(_repo_id(args), private=args.hub_private_repo, token=args.hub_token)
         self.collection = collection
         self.objective: Reconstruction | ThroughTask
         if args.objective == "task":
@@ -163,6 +169,10 @@ class ICMTrainer(Trainer):
         self.add_callback(ReportFigure(self))
 
     # ------------------------------------------------------------------ what the objective decides
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        dataset = dataset if is_training else self.objective.evaluated(dataset)
+        return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)  # type: ignore[misc]
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.objective.sampler(train_dataset or self.train_dataset)
 
@@ -195,10 +205,9 @@ class ICMTrainer(Trainer):
             return self.objective.predict(self, model, inputs)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Keep what [`ReportFigure`] draws: the log takes numbers alone."""
-        found = super().evaluation_loop(dataloader, *args, **kwargs)
-        self.bars = self.objective.bars(dataloader.dataset, found)
-        return found
+        """Keep what was found, for [`ReportFigure`]: the log takes numbers alone."""
+        self.found = super().evaluation_loop(dataloader, *args, **kwargs)
+        return self.found
 
     # ------------------------------------------------------------------ the end
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -224,25 +233,23 @@ class ICMTrainer(Trainer):
         }
         return output
 
-    def _repo_id(self) -> str:
-        return self.args.hub_model_id or Path(self.args.output_dir or ".").absolute().name
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card of peft_icm in the place of the Trainer's."""
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir or ".")
-            card = generator_card(self.generator.config.to_dict(), repo_id=self._repo_id(), folder=folder)
+            card = generator_card(self.generator.config.to_dict(), repo_id=_repo_id(self.args), folder=folder)
             (folder / CARD).write_text(marked(str(card)), encoding="utf-8")
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Of `args.push_to_hub`: refuse before the training what could not be pushed after it."""
-        if self.is_world_process_zero():
-            check_pushable(self._repo_id(), private=private or self.args.hub_private_repo, token=token or self.args.hub_token)
-        super().init_hf_repo(token, private)
+        """The Trainer's; of `args.push_to_hub` the repo is there since the trainer was made."""
+        if self.args.push_to_hub:
+            self.hub_model_id, self.push_in_progress = self.args.hub_model_id, None  # type: ignore[assignment]
+        else:
+            super().init_hf_repo(token, private)
 
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> Any:  # type: ignore[override]
         """Push the generator and its card in one commit; see [`ICMGenerator.push_to_hub`]."""
         if not self.is_world_process_zero():
             return None
         options = {"private": self.args.hub_private_repo, "token": self.args.hub_token, **kwargs}
-        return self.generator.push_to_hub(self._repo_id(), commit_message=commit_message or "End of training", **options)
+        return self.generator.push_to_hub(_repo_id(self.args), commit_message=commit_message or "End of training", **options)
