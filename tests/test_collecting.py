@@ -47,6 +47,9 @@ class Counted(torch.utils.data.IterableDataset):
     def __len__(self):
         return 1
 
+    def __iter__(self):
+        return iter([])
+
 
 class StreamingCounted(LanguageModelingTask):
     def train_dataset(self, *args, **kwargs):
