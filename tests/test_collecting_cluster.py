@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from joblib import cpu_count
 from test_collecting import arguments, lora, same, tasks
 from test_collecting_again import own_base
 from tiny import TEXTS
@@ -122,7 +123,7 @@ class TestSubmitit:
     """Its executor for machines without SLURM, which starts a process for each job."""
 
     @pytest.mark.slow
-    @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two jobs need two cores")
+    @pytest.mark.skipif(cpu_count() < 2, reason="two jobs need two cores")
     def test_an_array_with_a_job_that_dies(self, base, one, tmp_path):
         with pytest.raises(ChildProcessError, match=r"1 of 2 tasks failed: 'doomed' \(.*\); the others are finished and kept in") as error:
             collect(base, [dying("doomed"), *tasks(NAMES[:1])], lora(), arguments(tmp_path, launcher="submitit", **EPOCHS))
@@ -133,7 +134,7 @@ class TestSubmitit:
         assert (tmp_path / "sonnet" / "done.json").stat().st_mtime_ns == before
 
     def test_more_jobs_than_cores_where_nothing_queues_them(self, base, tmp_path):
-        many = [LanguageModelingTask(f"task-{number}", ["about it"], [TEXTS[0]], []) for number in range((os.cpu_count() or 1) + 1)]
+        many = [LanguageModelingTask(f"task-{number}", ["about it"], [TEXTS[0]], []) for number in range(cpu_count() + 1)]
         with pytest.raises(ValueError, match=r"There is no SLURM here, and \d+ jobs would start at once"):
             collect(base, many, lora(), arguments(tmp_path, launcher="submitit"))
 

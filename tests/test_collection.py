@@ -165,8 +165,9 @@ def test_a_wrong_width_is_refused(collection, tmp_path):
     with pytest.raises(ValueError, match="expected snapshots of shape"):
         AdapterCollection(collection.layout, {"cats": torch.zeros(3, 7)}, {})
     lazy = AdapterCollection(collection.layout, MappingProxyType({"cats": torch.zeros(3, 7)}), {})
-    with pytest.raises(ValueError, match="expected snapshots of shape"):
-        lazy.save_pretrained(tmp_path / "c")
+    for use in (lambda: lazy.save_pretrained(tmp_path / "c"), lambda: lazy.final("cats")):
+        with pytest.raises(ValueError, match="expected snapshots of shape"):
+            use()
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="at least one task"):
         AdapterCollection(collection.layout, {}, {})

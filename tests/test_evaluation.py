@@ -257,5 +257,8 @@ class TestAnswers:
         with pytest.raises(ValueError, match="The metric rouge is of answers to prompts, task 'sonnet' has none among its test texts"):
             evaluate_generator(reads, tokenizer(), text_tasks(), own, metrics=["rouge"])
         tasks = [LanguageModelingTask(name, ["of it"], [], self.prompts(reads, folder)) for name in ("sonnet", "novel")]
+        for score in (evaluate_generator, AnswersEvaluation.evaluate):
+            with pytest.raises(ValueError, match="metrics must be a list of strings; found {'mine'"):
+                score(reads, tokenizer(), tasks, own, metrics={"mine": object()}, progress=False)
         with pytest.raises(ValueError, match="The metric perplexity cannot be computed from answers and references alone"):
             evaluate_generator(reads, tokenizer(), tasks, own, metrics=["perplexity"], progress=False)

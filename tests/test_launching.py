@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from command_line import run
+from joblib import cpu_count
 from test_collecting_cluster import needs
 from test_conditioning import clip
 from test_detection_evaluation import SEEDS, detection_tasks, florence_generator, folder, own_loras  # noqa: F401 - a fixture
@@ -116,7 +117,7 @@ class TestScores:
         assert "\n" not in str(error.value)
 
     @needs("submitit")
-    @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two jobs need two cores")
+    @pytest.mark.skipif(cpu_count() < 2, reason="two jobs need two cores")
     def test_of_text_by_submitit(self, work, trained, tmp_path, capsys):
         tasks = json.loads((work / "tasks" / "tasks.json").read_text())["tasks"]
         (tmp_path / "two").mkdir()
@@ -137,6 +138,31 @@ def test_here_items_are_taken_one_after_the_other():
 
     squares = launch(lambda numbers: (number**2 for number in numbers), ["a", "b", "c"], items(), LaunchArguments())
     assert next(squares) == ("a", 0) and seen == [0] and dict(squares) == {"b": 1, "c": 4}
+
+
+@needs("ray")
+@pytest.mark.slow
+def test_ray_takes_items_when_there_is_room(monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    seen = []
+    names = [str(number) for number in range(6)]
+    squares = launch(
+        lambda numbers: (n**2 for n in numbers), names, (seen.append(n) or n for n in range(6)), LaunchArguments(launcher="ray")
+    )
+    found = dict([next(squares)])
+    assert seen == [0, 1], "two for each core"
+    assert found | dict(squares) == {str(n): n**2 for n in range(6)}
+
+
+@needs("submitit")
+@pytest.mark.slow
+def test_submitit_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.cached_assets_path", lambda *args, **kwargs: tmp_path)
+    squares = launch(lambda numbers: (n**2 for n in numbers), ["a"], [3], LaunchArguments(launcher="submitit"))
+    assert next(squares) == ("a", 9)
+    (private,) = tmp_path.iterdir()
+    assert private.stat().st_mode & 0o77 == 0
+    assert not list(squares) and not list(tmp_path.iterdir())
 
 
 @needs("ray")

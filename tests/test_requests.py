@@ -134,6 +134,13 @@ def test_a_task_without_its_own_lora(work, trained):
         evaluate_requests(Evaluation, ICMGenerator.from_pretrained(trained), None, [], {}, {})
 
 
+def test_nothing_asked(work, trained):
+    own = dict.fromkeys(("sonnet", "novel", "genesis"))
+    for tasks, unknown in ((load_tasks(work / "tasks"), []), ([], [UNKNOWN])):
+        with pytest.raises(ValueError, match="There must be a task and a request"):
+            evaluate_requests(Evaluation, ICMGenerator.from_pretrained(trained), None, tasks, own, {}, unknown)
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [

@@ -1,6 +1,7 @@
 """Task vectors inside a generator and a collection: what is read, whose encoder, and from which folder."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -60,6 +61,20 @@ class TestInsideAGenerator:
         assert copy.deepcopy(loaded)._lazy["sentences"] == {}  # nor has a pickle what users asked for
         loaded.encoder = clip()
         assert loaded._lazy["sentences"] == {}
+
+    @pytest.mark.parametrize(
+        "device",
+        ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
+    )
+    def test_what_goes_to_another_process_has_no_base_and_needs_no_gpu(self, saved, device):
+        loaded = ICMGenerator.from_pretrained(saved)
+        loaded._lazy["base"] = llama()
+        loaded.encoder.to(loaded.to(device).device)
+        sent = pickle.loads(pickle.dumps(loaded.portable()))
+        for model, where in ((sent, "cpu"), (loaded, device)):
+            assert model.device.type == next(model.encoder.model.parameters()).device.type == where
+        assert "base" not in sent._lazy and "base" in copy.deepcopy(loaded)._lazy
+        torch.testing.assert_close(sent.task_vector("detect sofas"), loaded.task_vector("detect sofas"))
 
     @pytest.mark.parametrize("text", ["", "  ", 3, ["a", "b"]])
     def test_refuses_what_is_no_sentence(self, saved, text):

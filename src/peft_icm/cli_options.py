@@ -49,7 +49,12 @@ def _launcher_options(p: argparse.ArgumentParser, done: str) -> None:
     from .launching.arguments import LAUNCHERS, LaunchArguments
 
     own = _fields(p, LaunchArguments)
-    own("--launcher", "launcher", f"where {done}: in this process, on Ray, or as SLURM jobs of submitit", choices=LAUNCHERS)
+    own(
+        "--launcher",
+        "launcher",
+        f"where {done}: in this process, on Ray, or as SLURM jobs of submitit; a private base needs HF_TOKEN set there",
+        choices=LAUNCHERS,
+    )
     own(
         "--ray-address",
         "ray_address",

@@ -42,7 +42,8 @@ class AdapterCollection:
         metadata (`dict`): How the collection was made; JSON-able.
 
     Raises:
-        `ValueError`: If a task has snapshots of another width than the layout, or a value that is not finite; if its task vectors are not
+        `ValueError`: If a task has snapshots of another width than the layout, or, of a `dict`, a value that is not finite (those of
+            other mappings: when they are read); if its task vectors are not
             `[M, d]` of one d, or not finite; or if its name is no plain file name.
     """
 
@@ -98,7 +99,7 @@ class AdapterCollection:
 
     def final(self, task: str) -> Tensor:
         """`[P]`: the last snapshot, the task's own LoRA."""
-        return self.snapshots[task][-1]
+        return self.rows(task)[-1]
 
     def encode(
         self,

@@ -18,6 +18,7 @@ from ..baselines.base import AdapterSource
 from ..figures import plot_bars
 from ..launching.arguments import HERE, LaunchArguments
 from ..launching.launchers import check_launcher, launch
+from .report import sent
 
 _DIGITS = 6  # below lies what a difference of equal norms leaves (see fidelity.distances)
 _HELD = 2**28  # numbers of the adapters that are held while those of all tasks pass by: 1 GiB in fp32
@@ -89,7 +90,7 @@ def memorisation_report(
     check_launcher(launching)
     sizes = _check(generator, collection, seeds)
     blocks = {block[0]: block for block in _blocks({task: (size + len(seeds)) * generator.layout.numel for task, size in sizes.items()})}
-    work = partial(_measured, generator, collection, seeds)
+    work = partial(_measured, sent(generator, launching), collection, seeds)
     with closing(launch(work, list(blocks), blocks.values(), replace(launching, gpus_per_task=0))) as measured:
         found = dict(measured)
     rows = [row for first in blocks for row in found[first][0]]
@@ -113,7 +114,8 @@ def _measured(
     for names in blocks:
         block = _Block(generator, collection, names, seeds)
         own, generated = [], []
-        for task, snapshots in collection.snapshots.items():
+        for task in collection.tasks:
+            snapshots = collection.rows(task)
             block.meet(task, snapshots)
             first = block.first(task) if task in names else _sample(generator, collection.task_vectors[task][0], seeds[:1])
             own.append(cosine(layout, block.own, snapshots[-1:]))
@@ -126,7 +128,7 @@ class _Block:
 
     def __init__(self, generator: AdapterSource, collection: AdapterCollection, tasks: Sequence[str], seeds: Sequence[int]):
         conditions = [collection.task_vectors[task][0] for task in tasks]
-        parts = [collection.snapshots[task] for task in tasks]
+        parts = [collection.rows(task) for task in tasks]
         self.layout, self.tasks, self.sizes, self.seeds = generator.layout, tasks, [len(part) for part in parts], len(seeds)
         self.snapshots = torch.cat(parts)
         self.drawn = torch.cat([_sample(generator, condition, seeds) for condition in conditions])
@@ -202,7 +204,8 @@ def _check(generator: AdapterSource, collection: AdapterCollection, seeds: Seque
                 f" {str(wanted)[:12]}: call collection.encode(generator.encoder) first."
             )
     sizes = {}
-    for task, snapshots in collection.snapshots.items():
+    for task in collection.tasks:
+        snapshots = collection.rows(task)
         sizes[task] = len(snapshots)
         if not norms(collection.layout, snapshots[-1:]).item():
             raise ValueError(f"The own LoRA of {task!r}, the unit of its distances, is zero (B was not trained): train it again.")

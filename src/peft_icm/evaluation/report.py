@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..adapters.attach import attach
+from ..baselines.base import AdapterSource
 from ..figures import plot_bars
 from ..generator.modeling_icm import ICMGenerator
 from ..launching.arguments import HERE, LaunchArguments
@@ -30,6 +31,7 @@ HANDFUL = 4  # pictures that one adapter is generated from
 _DIGITS = 4
 
 Score = TypeVar("Score")
+Source = TypeVar("Source", bound=AdapterSource)
 _Item = tuple[Any, dict[str, list[tuple[dict[str, Any], int]]], Tensor]  # a task, its `conditions`, and its own LoRA
 
 
@@ -234,7 +236,7 @@ class Report(ABC, Generic[Score]):
             # Its own LoRA alone: what is pickled of a row is all that it is a row of.
             return task, {name: asked[name] for name in asked if name in variants and asked[name]}, own[task.name].clone()
 
-        work = partial(cls._rows, generator, processor, tasks[0].descriptions[0], launching, options)
+        work = partial(cls._rows, sent(generator, launching), processor, tasks[0].descriptions[0], launching, options)
         names, by_name = [task.name for task in tasks], {task.name: task for task in tasks}
         scores: dict[str, dict[str, Score]] = {}
         with closing(launch(work, names, map(item, tasks, [*tasks[half:], *tasks[:half]]), launching)) as scored:
@@ -270,6 +272,19 @@ class Report(ABC, Generic[Score]):
                     parts.append(cls.score(model, processor, task, **options))
                 row[name] = cls.pool(parts)
             yield row
+
+
+def sent(source: Source, launching: LaunchArguments) -> Source:
+    """What goes to where tasks are scored: here the source itself, elsewhere of a generator what needs no GPU and has no base.
+
+    Args:
+        source ([`AdapterSource`]): A generator, or what is compared with one.
+        launching ([`LaunchArguments`]): Where to.
+
+    Returns:
+        [`AdapterSource`]
+    """
+    return source.portable() if isinstance(source, ICMGenerator) and launching.launcher != "local" else source
 
 
 def model_to_score(generator: ICMGenerator, text: str, launching: LaunchArguments) -> PeftModel:

@@ -26,7 +26,7 @@ from ..hub.cards import requests_measured
 from ..launching.arguments import HERE, LaunchArguments
 from ..launching.launchers import check_launcher, launch
 from ..unknown import ON_UNKNOWN, UnknownTaskWarning
-from .report import Report, model_to_score, rounded, share_of
+from .report import Report, model_to_score, rounded, sent, share_of
 
 SOURCES = ("generated", "retrieved")
 KINDS = {"unseen_phrasings": True, "unknown_requests": False}  # whether a request means a task
@@ -270,13 +270,15 @@ def evaluate_requests(
         [`RequestsReport`]
 
     Raises:
-        `ValueError`: If a task of the generator has no own LoRA.
+        `ValueError`: If a task of the generator has no own LoRA, or there is no task or no request.
         `OSError`: If there is no Ray cluster at the address, or a task failed in another process.
     """
     check_launcher(launching)
     missing = next((task["name"] for task in generator.config.tasks or [] if task["name"] not in own), None)
     if missing is not None:
         raise ValueError(f"The generator may hear {missing!r}, and the collection has no LoRA of it: pass the one that it was trained on.")
+    if not tasks or not (unknown or any(known.values())):
+        raise ValueError(f"There must be a task and a request, found {len(tasks)} tasks, known={known!r:.80} and unknown={unknown!r:.80}.")
     start = time.perf_counter()
     asked: list[tuple[str, str | None, str]] = [(line, name, name) for name, lines in known.items() for line in lines]
     asked += [(line, None, tasks[index % len(tasks)].name) for index, line in enumerate(unknown)]
@@ -290,7 +292,7 @@ def evaluate_requests(
         alone = {name: own[name].clone() for name in heard}  # what is pickled of a row is all that it is a row of
         return task, [(asked[number][0], readings[number]) for number in of_task[task.name]], alone
 
-    work = partial(_gains, generator, processor, kind, tasks[0].descriptions[0], seed, launching, options)
+    work = partial(_gains, sent(generator, launching), processor, kind, tasks[0].descriptions[0], seed, launching, options)
     gains: dict[int, dict[str, float]] = {}
     of_own: dict[str, float] = {}
     with closing(launch(work, list(of_task), map(item, tasks), launching)) as scored:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..generator.modeling_icm import ICMGenerator
 from ..launching.arguments import HERE, LaunchArguments
 from ..tasks.answers import answers
+from ..tasks.fields import strings
 from ..tasks.language_modeling import NLL, LanguageModelingTask, nll
 from ..tasks.records import Record
 from .metrics import metric_path
@@ -84,7 +85,7 @@ class AnswersEvaluation(Report[Answered]):
         wanted = [record.answer for record in task.test_texts]
         same = [one.strip() == other.strip() for one, other in zip(given, wanted, strict=True)]
         found = {"exact_match": sum(same) / len(same)}
-        for name in metrics:
+        for name in strings(metrics, "metrics"):
             try:
                 computed = load_metric(name).compute(predictions=given, references=wanted)
             except TypeError as error:
@@ -198,6 +199,7 @@ def evaluate_generator(
 
     ```
     """
+    metrics = strings(metrics, "metrics")
     options: dict[str, Any] = {"seeds": seeds, "progress": progress, "launching": launching}
     options |= {"max_length": max_length, "batch_size": batch_size}
     plain = [task.name for task in tasks if any(isinstance(text, str) for text in task.test_texts)]

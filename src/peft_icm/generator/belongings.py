@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
@@ -125,9 +126,14 @@ class BelongingsMixin:
                 return load_base(self.layout, *self._own_base(), **{**self._source.hub, **kwargs})
         return share_tensors(self.load_base())
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the base, which a pickle or a copy loads where it needs it."""
-        return {**super().__getstate__(), "_lazy": {name: value for name, value in self._lazy.items() if name != "base"}}  # type: ignore[dict-item]
+    def portable(self) -> Self:
+        """A copy for another process, which may have no GPU: on the CPU with its encoder, without the base, which is loaded there.
+
+        Returns:
+            [`ICMGenerator`]
+        """
+        lazy = copy.deepcopy({name: value for name, value in self._lazy.items() if name != "base"})
+        return copy.deepcopy(self, {id(self._lazy): lazy}).to("cpu")  # type: ignore[attr-defined]
 
     def load_base(self) -> PreTrainedModel:
         """The base model that this generator was trained for, loaded once, however many threads ask for it.

@@ -14,8 +14,8 @@ class LaunchArguments:
     Args:
         launcher (`str`, defaults to `"local"`): `"local"`, one after the other in this process; `"ray"`, each as a task of Ray, on a
             cluster or in processes of this machine; `"submitit"`, each as a job of one SLURM array.
-        ray_address (`str`, *optional*): `"host:port"` of the cluster's head, `"ray://host:port"` of its client server, or `"auto"`; by
-            default `RAY_ADDRESS`, else Ray is started on this machine.
+        ray_address (`str`, *optional*): `"host:port"` of the cluster's head, or `"auto"`; by default `RAY_ADDRESS`, else Ray is started on
+            this machine.
         cpus_per_task (`int`, defaults to 1): Cores of each task, and its threads.
         gpus_per_task (`float`, *optional*): GPUs of each task; with Ray a share too, such as 0.5. By default one with Ray, where the
             cluster has any, and none with SLURM.

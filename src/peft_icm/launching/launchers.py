@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -50,8 +51,7 @@ def check_launcher(args: LaunchArguments) -> None:
         host = port = None
     if not host or not port:
         raise ValueError(
-            f"The address of the Ray cluster, {address!r}, must be host:port, such as head:6379 (what `ray start --head` prints),"
-            " ray://host:10001 or auto."
+            f"The address of the Ray cluster, {address!r}, must be host:port, such as head:6379 (what `ray start --head` prints), or auto."
         )
     try:
         socket.create_connection((host, port), timeout=5).close()  # Ray would wait two minutes, and end the process
@@ -73,9 +73,9 @@ def launch(
     Args:
         work (`Callable`): Takes items and yields a result for each. It goes elsewhere by pickle, once for all items.
         names (`Sequence[str]`): Of the items, all different.
-        items (`Iterable`): Here each is taken when the one before is done.
+        items (`Iterable`): Each is taken when there is room for it: here when the one before is done.
         args ([`LaunchArguments`]): The launcher. Call [`check_launcher`] first.
-        folder (`Path`, *optional*): Of what submitit writes; all machines share it. By default in huggingface_hub's cache of assets.
+        folder (`Path`, *optional*): Where submitit's logs stay; all machines share it. By default they go with the jobs.
         kept (`str`, *optional*): Where results are kept: when an item fails, the others are still worked on. By default they are ended.
 
     Yields:
@@ -99,8 +99,10 @@ def launch(
             yield name, result
         return
     failed: dict[str, BaseException] = {}
-    by_name = dict(zip(names, items, strict=True))
-    with closing(_on_ray(work, by_name, args) if args.launcher == "ray" else _by_submitit(work, by_name, args, folder)) as ended:
+    by_name = zip(names, items, strict=True)
+    with closing(
+        _on_ray(work, by_name, args) if args.launcher == "ray" else _by_submitit(work, by_name, len(names), args, folder)
+    ) as ended:
         for name, result, error in ended:
             if error is None:
                 yield name, result
@@ -122,29 +124,33 @@ def _reason(error: BaseException) -> str:
     return (lines[-1] if last else lines[0])[:500] if lines else type(error).__name__
 
 
-def _on_ray(work: Work[Any, Any], items: Mapping[str, Any], args: LaunchArguments) -> Ended:
+def _on_ray(work: Work[Any, Any], items: Iterator[tuple[str, Any]], args: LaunchArguments) -> Ended:
     """Each item as a task of Ray."""
     import ray
 
     started = not ray.is_initialized()
     if started:
         _start_ray(args)
-    pending: list[Any] = []
+    pending: dict[Any, str] = {}
     try:
         gpus = float(min(1, ray.cluster_resources().get("GPU", 0)) if args.gpus_per_task is None else args.gpus_per_task)
         if not any(_has_room(node["Resources"], args.cpus_per_task, gpus) for node in ray.nodes() if node["Alive"]):
             raise ValueError(f"No node of the Ray cluster has {args.cpus_per_task} CPUs and {gpus:g} GPUs, which each task is to get.")
         remote: Any = ray.remote(num_cpus=args.cpus_per_task, num_gpus=gpus, max_retries=RETRIES)(_work_in)
         shared = ray.put(work)
-        names = {remote.remote(os.getcwd(), shared, item): name for name, item in items.items()}
-        pending = list(names)
-        while pending:
-            ended, pending = ray.wait(pending, timeout=1)
-            for reference in ended:
+        while True:
+            # Items are held from when they are submitted: no more than twice what there are cores for, which lets a cluster grow.
+            most = max(1, int(2 * ray.cluster_resources().get("CPU", 0) / args.cpus_per_task))
+            for name, item in islice(items, max(0, most - len(pending))):
+                pending[remote.remote(os.getcwd(), shared, item)] = name
+            if not pending:
+                break
+            for reference in ray.wait([*pending], timeout=1)[0]:
+                name = pending.pop(reference)
                 try:
-                    yield names[reference], ray.get(reference), None
+                    yield name, ray.get(reference), None
                 except ray.exceptions.RayError as error:
-                    yield names[reference], None, error
+                    yield name, None, error
     finally:
         for reference in pending:
             ray.cancel(reference, force=True)
@@ -180,31 +186,35 @@ def _has_room(resources: Mapping[str, float], cpus: float, gpus: float) -> bool:
     return resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= gpus
 
 
-def _by_submitit(work: Work[Any, Any], items: Mapping[str, Any], args: LaunchArguments, folder: Path | None) -> Ended:
-    """Each item as a job of one array."""
+def _by_submitit(work: Work[Any, Any], items: Iterator[tuple[str, Any]], count: int, args: LaunchArguments, folder: Path | None) -> Ended:
+    """Each item as a job of one array; work and items lie in a folder that nobody else reads, and go with it."""
     import submitit
     from huggingface_hub import cached_assets_path
     from joblib import cpu_count
 
-    folder = folder or cached_assets_path("peft_icm", namespace="jobs")
-    executor = submitit.AutoExecutor(folder)
-    if executor.cluster != "slurm" and len(items) > cpu_count():
-        raise ValueError(f"There is no SLURM here, and {len(items)} jobs would start at once on {cpu_count()} cores: take launcher='ray'.")
-    executor.update_parameters(
-        name="peft-icm",
-        timeout_min=args.slurm_time,
-        cpus_per_task=args.cpus_per_task,
-        gpus_per_node=int(args.gpus_per_task or 0) or None,
-        slurm_partition=args.slurm_partition,
-    )
-    folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as shared:
-        written = Path(shared, "work.pkl").absolute()
-        submitit.core.utils.cloudpickle_dump(work, written)
+    place = folder or cached_assets_path("peft_icm", namespace="jobs")
+    place.mkdir(exist_ok=True)
+    # A job that was cancelled may still write into it.
+    with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as private:
+        shared = Path(private).absolute()
+        executor = submitit.AutoExecutor(folder or shared)
+        if executor.cluster != "slurm" and count > cpu_count():
+            raise ValueError(f"There is no SLURM here, and {count} jobs would start at once on {cpu_count()} cores: take launcher='ray'.")
+        executor.update_parameters(
+            name="peft-icm",
+            timeout_min=args.slurm_time,
+            cpus_per_task=args.cpus_per_task,
+            gpus_per_node=int(args.gpus_per_task or 0) or None,
+            slurm_partition=args.slurm_partition,
+        )
+        submitit.core.utils.cloudpickle_dump(work, shared / "work.pkl")
         pending: dict[str, Any] = {}
         try:
+            jobs = {}
             with executor.batch():
-                jobs = {name: executor.submit(_read_and_work, written, item) for name, item in items.items()}
+                for number, (name, item) in enumerate(items):
+                    submitit.core.utils.cloudpickle_dump(item, shared / f"{number}.pkl")
+                    jobs[name] = executor.submit(_read_and_work, shared / "work.pkl", shared / f"{number}.pkl")
             pending = jobs
             while pending:
                 for name in [name for name, job in pending.items() if job.done()]:
@@ -219,10 +229,9 @@ def _by_submitit(work: Work[Any, Any], items: Mapping[str, Any], args: LaunchArg
                 job.cancel()
 
 
-def _read_and_work(file: Path, item: Any) -> Any:
+def _read_and_work(work: Path, item: Path) -> Any:
     """The result of one item, by work that another process wrote down."""
     import cloudpickle
 
-    work: Work[Any, Any] = cloudpickle.loads(file.read_bytes())
-    (result,) = work([item])
+    (result,) = cloudpickle.loads(work.read_bytes())([cloudpickle.loads(item.read_bytes())])
     return result

@@ -178,8 +178,10 @@ def numbered_examples(task: Any, processor: Any, **dataset_kwargs: Any) -> Any:
     Raises:
         `ValueError`: If it is a stream.
     """
+    from torch.utils.data import IterableDataset
+
     dataset = task.train_dataset(processor, **dataset_kwargs)
-    if not hasattr(dataset, "__len__"):
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise ValueError(
             f"train_dataset of task {task.name!r} returns a stream ({type(dataset).__name__}), and examples are drawn by their number:"
             " return a map-style data set; a datasets.Dataset stays on disk, and of it each process reads its own share."
