@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny import CONDITION_DIM, florence, florence_layout, generator, llama, llama_layout, llama_lora
 
 from peft_icm import AdapterCollection, push_adapter, save_adapter
+from peft_icm.hub.bases import copy_base
 from peft_icm.hub.cards import adapter_card, collection_card, generator_card
-from peft_icm.hub.files import copy_base, edited_by_hand, marked, published, push_folder
+from peft_icm.hub.files import edited_by_hand, marked, published, push_folder
 
 REPO = "me/sofas"
 VECTOR = torch.linspace(-1, 1, CONDITION_DIM)

@@ -16,8 +16,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from ..disk import replacing_folder
+from ..hub.bases import copy_base
 from ..hub.cards import ADAPTED, CHANGED, FACTS, GENERATED, adapter_card
-from ..hub.files import CARD, PushOptions, copy_base, edited_by_hand, marked, published, push_folder
+from ..hub.files import CARD, PushOptions, edited_by_hand, marked, published, push_folder
 from .attach import PROVENANCE, check_finite
 from .gguf import write_gguf
 from .layout import AdapterLayout

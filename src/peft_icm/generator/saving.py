@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..disk import inside, replacing_folder
+from ..hub.bases import copy_base
 from ..hub.cards import generator_card
-from ..hub.files import BASE_FOLDER, PICTURE, REPORT, PushOptions, copy_base, published, push_folder, resolve
+from ..hub.files import BASE_FOLDER, PICTURE, REPORT, PushOptions, published, push_folder, resolve
 from ..hub.space import GENERATOR_FOLDER, space_card, write_space
 from ..pictures import Picture, open_picture
 from ..remote import is_url
