@@ -250,13 +250,6 @@ def test_who_may_not_push_learns_so_before_the_training(hub, token, tmp_path):
         ICMTrainer(config(), arguments(tmp_path, hub_token=READER, **options), collection=tiny_collection())
 
 
-def test_an_explicit_private_is_obeyed(hub, token, tmp_path):
-    trainer = ICMTrainer(config(), arguments(tmp_path, hub_private_repo=True, hub_token=token), collection=tiny_collection())
-    trainer.args.hub_model_id = "org/open"
-    trainer.init_hf_repo(private=False)
-    assert not hub.repos["models", "org/open"].private
-
-
 class TestRefusals:
     def test_no_task_vectors(self):
         collection = tiny_collection()

@@ -240,12 +240,12 @@ class ICMTrainer(Trainer):
             card = generator_card(self.generator.config.to_dict(), repo_id=_repo_id(self.args), folder=folder)
             (folder / CARD).write_text(marked(str(card)), encoding="utf-8")
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's; of `args.push_to_hub` the repo is there since the trainer was made."""
         if self.args.push_to_hub:
             self.hub_model_id, self.push_in_progress = self.args.hub_model_id, None  # type: ignore[assignment]
         else:
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(*args, **kwargs)
 
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> Any:  # type: ignore[override]
         """Push the generator and its card in one commit; see [`ICMGenerator.push_to_hub`]."""
