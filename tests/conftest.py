@@ -43,6 +43,17 @@ def work(tmp_path_factory):
     return make_work(tmp_path_factory.mktemp("work"))
 
 
+@pytest.fixture(scope="session")
+def trained(work, tmp_path_factory):
+    """A small generator of those LoRAs, that hears sentences."""
+    from command_line import run
+
+    folder = tmp_path_factory.mktemp("trained") / "generator"
+    sizes = ["--latent-size", 4, "--hidden-size", 16, "--epochs", 30]
+    assert run("train", work / "collection", "-o", folder, "--encoder", "bundled:text", *sizes, "--json") == 0
+    return folder
+
+
 @pytest.fixture
 def base(tmp_path):
     """A tiny Llama in a folder."""

@@ -22,14 +22,6 @@ from peft_icm.launching.launchers import check_launcher, launch
 from peft_icm.tasks.language_modeling import LanguageModelingTask
 
 
-@pytest.fixture(scope="module")
-def trained(work, tmp_path_factory):
-    place = tmp_path_factory.mktemp("trained") / "generator"
-    sizes = ["--latent-size", 4, "--hidden-size", 16, "--epochs", 30]
-    assert run("train", work / "collection", "-o", place, "--encoder", "bundled:text", *sizes, "--json") == 0
-    return place
-
-
 @pytest.fixture
 def one_thread():
     """As many as a task of one core has: sums of other threads have other last bits."""

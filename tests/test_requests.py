@@ -75,14 +75,6 @@ class TestReport:
         assert found["share"].keys() == {"unseen_phrasings"} and "n/a" in some.table()
 
 
-@pytest.fixture(scope="module")
-def trained(work, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained") / "generator"
-    sizes = ["--latent-size", 4, "--hidden-size", 16, "--epochs", 30]
-    assert run("train", work / "collection", "-o", folder, "--encoder", "bundled:text", *sizes, "--json") == 0
-    return folder
-
-
 def test_scores_are_those_of_the_adapters(work, trained):
     """Every gain computed once more, from the adapters that were asked for."""
     generator = ICMGenerator.from_pretrained(trained)
