@@ -7,7 +7,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from PIL import Image
 
-from peft_icm.figures import plot_bars, plot_detections, plot_task_vectors
+from peft_icm.figures import plot_bars, plot_detections, plot_task_vectors, save_figure
 from peft_icm.tasks.annotated_images import AnnotatedImage
 
 BLUE = (20, 40, 200)
@@ -73,6 +73,13 @@ class TestBars:
     def test_a_dollar_is_no_mathematics(self, tmp_path):
         plot_bars(["a$^$", "$x$"], {"$_$": [1.0, 2.0]}, "$\\", tmp_path / "bars.png")
         assert pixels(tmp_path / "bars.png").min() < 50
+
+    def test_powers_beside_a_logarithmic_axis_are_as_matplotlib_writes_them(self, tmp_path):
+        figure, axes = pyplot.subplots(layout="constrained")
+        axes.loglog([1, 1e3, 1e6], [1, 10, 1000])
+        figure.savefig(tmp_path / "theirs.png", dpi=130)
+        save_figure(figure, tmp_path / "ours.png")
+        assert np.array_equal(pixels(tmp_path / "ours.png"), pixels(tmp_path / "theirs.png"))
 
 
 def found(*objects):

@@ -121,14 +121,17 @@ def plot_bars(names: Sequence[str], bars: Mapping[str, Sequence[float]], label: 
 
 
 def save_figure(figure: Figure, file: str | os.PathLike[str]) -> None:
-    """Write a figure as PNG to a temporary name, rename it, and close it. Its texts are no mathematics: `$` is a dollar."""
+    """Write a figure as PNG to a temporary name, rename it, and close it. Its texts are no mathematics, `$` is a dollar, but for the powers
+    beside logarithmic axes."""
     from matplotlib import pyplot
     from matplotlib.text import Text
 
     temporary = Path(f"{file}.part")
     try:
+        logarithmic = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"]
+        powers = {label for axis in logarithmic for label in axis.get_ticklabels(which="both")}
         for text in figure.findobj(Text):
-            text.set_parse_math(False)
+            text.set_parse_math(text in powers)
         figure.savefig(temporary, dpi=130, format="png")
     finally:
         pyplot.close(figure)
