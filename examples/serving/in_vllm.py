@@ -64,19 +64,18 @@ def make_generator(base: str, folder: Path) -> ICMGenerator:
 
 def ask(client: httpx.Client, model: str) -> dict:
     greedy = {"temperature": 0, "max_tokens": 16, "ignore_eos": True, "logprobs": 1, "return_token_ids": True}
-    return client.post("/v1/completions", json={"model": model, "prompt": PROMPT, **greedy}).json()
+    return client.post("/v1/completions", json={"model": model, "prompt": PROMPT, **greedy}).raise_for_status().json()["choices"][0]
 
 
 def compare(answer: dict, model: PeftModel) -> str:
     """The greedy tokens and their log-probabilities, beside those of the model and of its base."""
-    (choice,) = answer["choices"]
-    tokens = choice["token_ids"]
+    tokens = answer["token_ids"]
     ids = torch.tensor([PROMPT + tokens])
     with torch.no_grad():
         scores = model(ids).logits[0, len(PROMPT) - 1 : -1].log_softmax(1)
         with model.disable_adapter():
             base = model(ids).logits[0, len(PROMPT) - 1 : -1].log_softmax(1)
-    theirs = torch.tensor(choice["logprobs"]["token_logprobs"])
+    theirs = torch.tensor(answer["logprobs"]["token_logprobs"])
     difference, moved = ((other[range(len(tokens)), tokens] - theirs).abs().max() for other in (scores, base))
     same = "as" if scores.argmax(1).tolist() == tokens else "NOT as"
     return f"{len(tokens)} tokens {same} transformers', log-probabilities within {difference:.1e}, {moved:.1f} from the base's"
@@ -86,19 +85,21 @@ def talk(client: httpx.Client, base: str, generator: ICMGenerator) -> None:
     print(f"{date.today()}, vllm {client.get('/version').json()['version']}, ", end="")
     print(", ".join(f"{name} {version(name)}" for name in ("transformers", "peft", "torch")))
     names = {"base": (SENTENCES[0], 0.0)} | {f"icm:{sentence}": (sentence, 1.0) for sentence in SENTENCES}
-    answers = []
+    tokens = {}
     for name, (sentence, strength) in names.items():
         start = time.perf_counter()
-        answers.append(ask(client, name))
+        answer = ask(client, name)
         seconds = time.perf_counter() - start
+        tokens[name] = answer["token_ids"]
         model = generator.generate_adapter(sentence, base, temperature=0.0, strength=strength)
-        print(f"{name!r}, {seconds:.2f} s: {compare(answers[-1], model)}")
-    with ThreadPoolExecutor(len(names)) as threads:
-        again = list(threads.map(lambda name: ask(client, name), names))
-    same = [answer["choices"][0]["token_ids"] for answer in again] == [answer["choices"][0]["token_ids"] for answer in answers]
-    print(f"asked again, all at once: {'the same' if same else 'OTHER'} tokens")
+        print(f"{name!r}, {seconds:.2f} s: {compare(answer, model)}")
+    for batch in (list(names)[1:], list(names)):
+        with ThreadPoolExecutor(len(batch)) as threads:
+            again = list(threads.map(lambda name: ask(client, name)["token_ids"], batch))
+        print(f"{len(batch)} at once, other tokens: {[name for name, found in zip(batch, again, strict=True) if found != tokens[name]]}")
     for name in UNKNOWN:
-        print(f"{name!r}: {ask(client, name)['error']['message']}")
+        refused = client.post("/v1/completions", json={"model": name, "prompt": PROMPT})
+        print(f"{name!r}: {refused.status_code} {refused.json()['error']['message']}")
     print("models:", [model["id"] for model in client.get("/v1/models").json()["data"]])
 
 
