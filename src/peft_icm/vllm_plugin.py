@@ -20,7 +20,7 @@ from .cli_verbs import load_generator
 if TYPE_CHECKING:
     from .generator.modeling_icm import ICMGenerator
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.peft_icm")  # in vLLM's server the root logger shows errors alone
 NAME, PREFIX = "peft_icm", "icm:"
 GENERATOR, SENTENCES, LIMIT, CACHE = (f"PEFT_ICM_VLLM_{name}" for name in ("GENERATOR", "SENTENCES", "MAX_ADAPTERS", "CACHE"))
 MAX_ADAPTERS, MAX_SENTENCE = 64, 1000
