@@ -82,15 +82,19 @@ def check_folder(output: str, mark: str) -> None:
     if folder.is_dir():
         if any(folder.iterdir()) and not (folder / mark).is_file():
             raise ValueError(f"--output {output} holds files of something else (no {mark}): choose a new or an empty folder.")
+        if folder.is_mount():
+            raise ValueError(f"--output {output} is a mount point, which cannot be replaced in one step: choose a folder in it.")
     elif os.path.lexists(folder):
         raise ValueError(f"--output {output} is no folder: choose a new or an empty folder.")
     _check_writable(folder)
 
 
 def _check_writable(path: Path) -> None:
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not (there.is_dir() or there == path) or not os.access(there, os.W_OK):
-        raise OSError(f"--output {path} cannot be written: {there} is no folder that you may write to.")
+    """What is there, and the folder that it lies in: what is new is written beside it and swapped in."""
+    beside = next(parent for parent in path.absolute().parents if parent.exists())
+    for there in (beside, path) if path.exists() else (beside,):
+        if not (there.is_dir() or there == path) or not os.access(there, os.W_OK):
+            raise OSError(f"--output {path} cannot be written: {there} is no folder that you may write to.")
 
 
 # ---------------------------------------------------------------------- verbs
