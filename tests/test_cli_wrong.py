@@ -76,6 +76,7 @@ class TestWrong:
                 "KIND:CHECKPOINT with KIND one of clip, hidden_state, joined, sentence, statistics",
             ),
             (["evaluate", "bundled:text", "--tasks", "EMPTY", "--collection", "COLLECTION"], "needs a tasks.json"),
+            (["evaluate", "bundled:text", "--tasks", "TASKS", "--collection", "COLLECTION"], "has another layout than the generator: "),
             (["push", "EMPTY", "org/name"], "holds no generator, no adapter and no collection"),
         ],
     )
@@ -244,6 +245,16 @@ class TestErrors:
         assert run("generate", "bundled:text", SENTENCE, "-o", tmp_path / "a") == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith("peft-icm: error: The disk is full (") and f"make room for {tmp_path / 'a'} and in " in line
+
+    @pytest.mark.parametrize("size", [2**62, 2**55])
+    def test_too_little_memory(self, tmp_path, capsys, monkeypatch, size):
+        def fail(*_, **__):
+            return bytearray(size) if size == 2**62 else torch.empty(size, dtype=torch.uint8)
+
+        monkeypatch.setattr("peft_icm.generator.modeling_icm.ICMGenerator.from_pretrained", fail)
+        assert run("generate", "bundled:text", SENTENCE, "-o", tmp_path / "a") == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("peft-icm: error: There is too little memory (")
 
     @pytest.mark.parametrize("error", [ValueError("wrong"), KeyboardInterrupt()])
     def test_is_a_line_of_its_own_below_a_progress_bar(self, tmp_path, capsys, monkeypatch, error):

@@ -149,11 +149,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         _tell("stopped; what was finished is kept.")
         return 143 if isinstance(stop, _Terminated) else 130
-    except _errors_of_users() as error:
-        if args.debug:
-            raise
+    except Exception as error:
         said = " ".join(str(error).split())
-        if any(os.strerror(number) in said for number in (errno.ENOSPC, errno.EDQUOT)):  # of Python, and in its words of safetensors
+        full = isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in said  # torch has no error of its own for the CPU's
+        if args.debug or not (full or isinstance(error, _errors_of_users())):
+            raise
+        if full:
+            said = f"There is too little memory ({said or 'MemoryError'}): take smaller batches, a smaller model or another machine."
+        elif any(os.strerror(number) in said for number in (errno.ENOSPC, errno.EDQUOT)):  # of Python, and in its words of safetensors
             output = f"for {args.output} and " if getattr(args, "output", None) else ""
             said = f"The disk is full ({said}): make room {output}in {gettempdir()}, and run it again; what was finished is kept."
         _tell(f"error: {said}")

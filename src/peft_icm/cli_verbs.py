@@ -282,6 +282,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from .adapters.collection import AdapterCollection
     from .disk import replacing_file
     from .evaluation.detection import DetectionEvaluation, evaluate_detection
+    from .evaluation.memorisation import check_layout
     from .evaluation.requests import evaluate_requests, load_requests
     from .evaluation.text import Evaluation, evaluate_generator
     from .tasks import load_tasks
@@ -289,9 +290,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
     generator = load_generator(args.generator, token=args.token)
     collection = AdapterCollection.from_pretrained(args.collection, token=args.token)
+    tasks: Any = load_tasks(args.tasks)
+    check_layout(generator, collection)
     processor = AutoProcessor.from_pretrained(generator.load_base().name_or_path, token=args.token)
     own = {task: collection.final(task) for task in collection.tasks}
-    tasks: Any = load_tasks(args.tasks)
     options = {"batch_size": args.batch_size, "launching": launching}
     seeds = {"seeds": args.seeds} if args.seeds else {}
     report: Any

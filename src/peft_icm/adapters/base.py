@@ -94,7 +94,9 @@ def opening_base(name: str) -> Iterator[None]:
             validate_repo_id(name)
         yield
     except HFValidationError as error:
-        raise OSError(f"The base model {name!r} is neither an existing folder nor the id of a Hub repo ('org/name').") from error
+        raise OSError(
+            f"The base model {name!r} is neither an existing folder nor the id of a Hub repo ('org/name'): pass one as base_model."
+        ) from error
     except (OSError, ImportError) as error:
         raise OSError(f"The base model {name}: {' '.join(str(error).split())}") from error
     except (ValueError, RuntimeError, SafetensorError, StrictDataclassError, struct.error) as error:
