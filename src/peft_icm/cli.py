@@ -120,10 +120,12 @@ def _errors_of_users() -> tuple[type[Exception], ...]:
 
 
 def _tell(line: str) -> None:
-    """A line on stderr, on its own where progress bars are drawn there too."""
+    """A line on stderr, the last and on its own: what was stopped left its progress bars open there."""
     from tqdm import tqdm
 
-    tqdm.write(f"peft-icm: {line}", file=sys.stderr)
+    for bar in list(tqdm._instances):
+        bar.close()
+    print(f"peft-icm: {line}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
