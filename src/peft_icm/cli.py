@@ -153,10 +153,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 143 if isinstance(stop, _Terminated) else 130
     except Exception as error:
         said = " ".join(str(error).split())
-        full = isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in said  # torch has no error of its own for the CPU's
-        if args.debug or not (full or isinstance(error, _errors_of_users())):
+        memory = isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in said  # torch has no error of its own for the CPU's
+        if args.debug or not (memory or isinstance(error, _errors_of_users())):
             raise
-        if full:
+        if memory:
             said = f"There is too little memory ({said or 'MemoryError'}): take smaller batches, a smaller model or another machine."
         elif any(os.strerror(number) in said for number in (errno.ENOSPC, errno.EDQUOT)):  # of Python, and in its words of safetensors
             output = f"for {args.output} and " if getattr(args, "output", None) else ""

@@ -192,7 +192,7 @@ class ICMTrainer(Trainer):
             `ValueError`: If it is not finite.
         """
         loss, outputs = self.objective.loss(self, model, inputs, num_items_in_batch)
-        if not loss.detach().isfinite():
+        if not loss.detach().isfinite().all():
             raise ValueError(
                 f"The loss is not finite at step {self.state.global_step + 1}: lower the learning rate. The last checkpoint is as it was."
             )
