@@ -126,7 +126,7 @@ class TestCoco:
     def test_a_box_that_is_empty_or_outside_is_named_with_its_image(self, coco, bbox):
         document, save = coco
         document["annotations"][0]["bbox"] = bbox
-        with pytest.raises(ValueError, match=r"a\.jpg: the box \[.*is empty or outside its image of 80 x 40 pixels"):
+        with pytest.raises(ValueError, match=r"\.json: a\.jpg: the box \[.*is empty or outside its image of 80 x 40 pixels"):
             load_coco(*save())
 
     @pytest.mark.parametrize("content", [None, "{", "[]", '{"images": []}', '{"images": [], "categories": [], "annotations": [{"id": 1}]}'])

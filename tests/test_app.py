@@ -112,9 +112,11 @@ class TestUsers:
         assert torch.equal(service.base.get_input_embeddings().weight, other.get_input_embeddings().weight)
         assert 'LlamaForCausalLM.from_pretrained("other")' in service.loading_lines()
 
-    def test_without_a_base(self):
+    def test_without_a_base_or_with_one_that_does_not_fit(self, text, base):
         with pytest.raises(ValueError, match="names no base model"):
             Service(generator())
+        with pytest.raises(ValueError, match="expected shape .*, found a base model that needs"):
+            Service(text.generator, str(base))
 
 
 class TestGoingOn:

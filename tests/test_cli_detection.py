@@ -162,7 +162,7 @@ class TestEvaluate:
     def test_a_task_without_an_own_lora_is_named(self, work, tmp_path, capsys):
         write_folder(tmp_path / "tasks", TRAIN, TEST, [{"name": "puppy", "label": "dog", "descriptions": ["detect puppies"]}])
         assert run("evaluate", work / "generator", "--tasks", tmp_path / "tasks", "--collection", work / "collection") == 2
-        assert "'puppy' needs test images of a 'dog', a description and an own LoRA" in capsys.readouterr().err
+        assert "'puppy' needs test images of a 'dog' and an own LoRA" in capsys.readouterr().err
 
 
 class TestArguments:

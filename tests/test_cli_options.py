@@ -82,6 +82,14 @@ def test_help_and_wrong_options_import_nothing_heavy(arguments):
     assert finished.stdout.splitlines()[-1] == "heavy:", finished.stdout + finished.stderr
 
 
+@pytest.mark.parametrize("number", ["-1", str(2**32), str(2**70), "x"])
+@pytest.mark.parametrize("command", [["generate", "bundled:text", "x"], ["collect", "b", "--tasks", "t"], ["adapt", "g", "--tasks", "t"]])
+def test_a_seed_that_is_none(command, number, capsys):
+    with pytest.raises(SystemExit):
+        parse([*command, "-o", "out", f"--seed={number}"])
+    assert "argument --seed: " in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_wrong_output_is_told_before_torch_is_imported():
     code = "import sys\nfrom peft_icm.cli import main\nprint(main(['generate', 'x', 'y', '-o', '/dev/null']), 'torch' in sys.modules)"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)

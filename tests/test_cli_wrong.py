@@ -2,7 +2,10 @@
 
 import errno
 import json
+import os
 import signal
+import sys
+from pathlib import Path
 from pickle import UnpicklingError
 
 import pytest
@@ -14,9 +17,12 @@ from PIL import Image
 from safetensors import SafetensorError
 from test_training import tiny_collection
 from tiny import generator
+from tqdm import tqdm
 
 from peft_icm import ICMGenerator, bundled_generator
 from peft_icm.cli import main
+
+TASK = ["train", "--objective", "task", "--tasks", "TASKS", "-o", "OUT", "--base-model"]
 
 
 class TestWrong:
@@ -40,6 +46,22 @@ class TestWrong:
             (["generate", "org/misspelt", SENTENCE, "-o", "OUT"], "org/misspelt"),
             (["generate", "no/such/folder", SENTENCE, "-o", "OUT"], "no/such/folder"),
             (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--base-model", "BASE"], "expected"),
+            (["generate", "BASE", SENTENCE, "-o", "OUT"], "holds no generator: its config.json is missing, or has no layout"),
+            (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--base-model", "/no/where"], "The base model '/no/where' is neither an"),
+            (["generate", "bundled:text", SENTENCE, "-o", "OUT", "--base-model", "EMPTY"], "The base model "),
+            (["collect", "/no/where", "--tasks", "TASKS", "-o", "OUT"], "The base model '/no/where' is neither an existing folder nor"),
+            (["collect", "EMPTY", "--tasks", "TASKS", "-o", "OUT"], "The base model "),
+            ([*TASK, "/no/where", "--encoder", "statistics:BASE"], "The base model '/no/where' is neither an existing folder nor"),
+            ([*TASK, "EMPTY", "--encoder", "statistics:BASE"], "The base model "),
+            ([*TASK, "BASE", "--encoder", "statistics:BASE", "--batch-size", "0"], "per_device_train_batch_size=0 must be at least 1"),
+            (
+                ["collect", "BASE", "--tasks", "TASKS", "-o", "OUT", "--block-size", "32", "--target-modules", "input_layernorm"],
+                "A LoRA of r=2 on 'input_layernorm' does not fit a LlamaForCausalLM: ",
+            ),
+            (
+                [*TASK, "BASE", "--encoder", "statistics:BASE", "--block-size", "32", "--target-modules", "nosuch"],
+                "A LoRA of r=2 on 'nosuch' does not fit a LlamaForCausalLM: ",
+            ),
             (["collect", "BASE", "--tasks", "EMPTY", "-o", "OUT"], "needs a tasks.json"),
             (["collect", "BASE", "--tasks", "TASKS", "-o", "OUT", "--rank", "0"], "rank"),
             (["push", "COLLECTION", "org/x", "--launcher", "ray"], "--launcher ray is where --with-report is made"),
@@ -54,6 +76,7 @@ class TestWrong:
                 "KIND:CHECKPOINT with KIND one of clip, hidden_state, joined, sentence, statistics",
             ),
             (["evaluate", "bundled:text", "--tasks", "EMPTY", "--collection", "COLLECTION"], "needs a tasks.json"),
+            (["evaluate", "bundled:text", "--tasks", "TASKS", "--collection", "COLLECTION"], "has another layout than the generator: "),
             (["push", "EMPTY", "org/name"], "holds no generator, no adapter and no collection"),
         ],
     )
@@ -66,10 +89,16 @@ class TestWrong:
             "TASKS": work / "tasks",
             "COLLECTION": work / "collection",
         }
+        places["statistics:BASE"] = f"statistics:{work / 'base'}"
         assert run(*(places.get(argument, argument) for argument in arguments)) == 2
         errors = capsys.readouterr().err.strip().splitlines()
         assert errors[-1].startswith("peft-icm: error: ") and message in errors[-1]
         assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+    def test_a_sentence_of_ten_thousand_characters_is_not_told_whole(self, tmp_path, capsys):
+        for on_unknown, code in (("warn", 0), ("raise", 2)):
+            assert run("generate", "bundled:text", "write " * 1700, "-o", tmp_path / "out", "--on-unknown", on_unknown) == code
+            assert len(capsys.readouterr().err) < 500
 
     def test_a_truncated_generator(self, tmp_path, capsys):
         ICMGenerator.from_pretrained(bundled_generator("text")).save_pretrained(tmp_path / "g")
@@ -161,6 +190,13 @@ class TestOutput:
         for _ in range(2):
             assert run("generate", "bundled:text", SENTENCE, "-o", tmp_path / "a") == 0
 
+    @pytest.mark.parametrize("verb", ["generate", "gather"])
+    def test_the_folder_that_it_lies_in_must_be_writable_too(self, tmp_path, capsys, monkeypatch, verb):
+        (tmp_path / "mine").mkdir()
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+        assert run(verb, "bundled:text", *[SENTENCE] * (verb == "generate"), "-o", tmp_path / "mine") == 2
+        assert f"{tmp_path} is no folder that you may write to" in capsys.readouterr().err
+
     def test_of_a_report(self, work, tmp_path, capsys):
         for output in (tmp_path, tmp_path / "none" / "report.json", tmp_path / "report.png"):
             arguments = ["bundled:text", "--tasks", work / "tasks", "--collection", work / "collection"]
@@ -197,6 +233,38 @@ class TestErrors:
             with pytest.raises(type(error)) as raised:
                 run(*shown)
             assert raised.value is error
+
+    @pytest.mark.parametrize(
+        "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("I/O error: No space left on device (os error 28)")]
+    )
+    def test_a_full_disk(self, tmp_path, capsys, monkeypatch, error):
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr("peft_icm.generator.modeling_icm.ICMGenerator.from_pretrained", fail)
+        assert run("generate", "bundled:text", SENTENCE, "-o", tmp_path / "a") == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("peft-icm: error: The disk is full (") and f"make room for {tmp_path / 'a'} and in " in line
+
+    @pytest.mark.parametrize("size", [2**62, 2**55])
+    def test_too_little_memory(self, tmp_path, capsys, monkeypatch, size):
+        def fail(*_, **__):
+            return bytearray(size) if size == 2**62 else torch.empty(size, dtype=torch.uint8)
+
+        monkeypatch.setattr("peft_icm.generator.modeling_icm.ICMGenerator.from_pretrained", fail)
+        assert run("generate", "bundled:text", SENTENCE, "-o", tmp_path / "a") == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("peft-icm: error: There is too little memory (")
+
+    @pytest.mark.parametrize("error", [ValueError("wrong"), KeyboardInterrupt()])
+    def test_is_a_line_of_its_own_below_a_progress_bar(self, tmp_path, capsys, monkeypatch, error):
+        def fail(*_, **__):
+            for _ in tqdm(range(2), file=sys.stderr):
+                raise error
+
+        monkeypatch.setattr("peft_icm.generator.modeling_icm.ICMGenerator.from_pretrained", fail)
+        assert run("generate", "bundled:text", SENTENCE, "-o", tmp_path / "a") in (2, 130)
+        assert capsys.readouterr().err.replace("\r", "\n").splitlines()[-1].startswith("peft-icm: ")
 
     @pytest.mark.parametrize("bug", [KeyError("bug"), RuntimeError("bug"), TypeError("bug"), AssertionError("bug")])
     def test_a_bug_is_a_traceback(self, tmp_path, monkeypatch, bug):

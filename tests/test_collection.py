@@ -245,8 +245,8 @@ def test_names_are_file_names(collection, name, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"tasks": []}, {"tasks": {}}, {"tasks": ["x"]}, {"layout": []}, {"encoder": 1}, {"metadata": []}, {"format": None},
-        {"format": True},        {"tasks": [{"name": "cats", "snapshots": 2, "descriptions": []}]},
+        {"tasks": []}, {"tasks": {}}, {"tasks": ["x"]}, {"layout": []}, {"layout": {"keys": []}}, {"encoder": 1}, {"metadata": []},
+        {"format": None}, {"format": True}, {"tasks": [{"name": "cats", "snapshots": 2, "descriptions": []}]},
         {"tasks": [{"name": "cats", "descriptions": "x"}]},
         {"tasks": [{"name": "cats"}, {"name": "cats"}]}, {"tasks": [{"name": "cats", "descriptions": [1]}]},
     ],

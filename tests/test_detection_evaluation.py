@@ -234,14 +234,13 @@ class TestEvaluate:
         report = evaluate_detection(reads_both, florence_processor(), detection_tasks(), own_loras(reads_both), **asked)
         assert report.variants == ["pictures", "wrong_task"] and report.seeds == [3]
 
-    @pytest.mark.parametrize("missing", ["images", "class", "description", "own"])
+    @pytest.mark.parametrize("missing", ["images", "class", "own"])
     def test_a_task_that_cannot_be_evaluated_is_named(self, reads_both, missing):
         changes = {"images": {"test_images": []}, "class": {"test_images": [annotated(((0, 0, 9, 9), "dog"))]}}
-        changes["description"] = {"descriptions": []}
         own = own_loras(reads_both)
         if missing == "own":
             del own["sofa"]
-        with pytest.raises(ValueError, match="'sofa' needs test images of a 'couch', a description and an own LoRA"):
+        with pytest.raises(ValueError, match="'sofa' needs test images of a 'couch' and an own LoRA"):
             evaluate_detection(reads_both, florence_processor(), detection_tasks(**changes.get(missing, {})), own)
 
 

@@ -53,6 +53,11 @@ def test_a_file_is_old_or_new_with_the_umasks_permissions(tmp_path):
     assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
+def test_a_mount_point_is_refused_before_anything_is_written():
+    with pytest.raises(OSError, match="/proc is a mount point, .* choose a folder in it"), replacing_folder("/proc"):
+        pytest.fail("it was written to")
+
+
 def test_a_folder_is_old_or_new_and_keeps_what_is_not_replaced(tmp_path):
     folder = tmp_path / "d"
     with replacing_folder(folder) as new:

@@ -164,12 +164,12 @@ class TestEvaluate:
         assert report.gain("sonnet", "own") == 0 and report.share("generated") == {"mean": None, "min": None}
         assert "n/a" in report.table() and json.dumps(report.to_dict(), allow_nan=False)
 
-    @pytest.mark.parametrize("missing", ["test", "description", "own"])
+    @pytest.mark.parametrize("missing", ["test", "own"])
     def test_a_task_that_cannot_be_evaluated_is_named(self, reads, missing):
-        changes = {"test": {"test_texts": []}, "description": {"descriptions": []}}
+        changes = {"test_texts": []} if missing == "test" else {}
         own = {} if missing == "own" else own_loras(reads)
-        with pytest.raises(ValueError, match="'sonnet' needs test texts, a description and an own LoRA"):
-            evaluate_generator(reads, tokenizer(), text_tasks(**changes.get(missing, {})), own)
+        with pytest.raises(ValueError, match="'sonnet' needs test texts and an own LoRA"):
+            evaluate_generator(reads, tokenizer(), text_tasks(**changes), own)
 
     @pytest.mark.parametrize("missing", ["tasks", "seeds"])
     def test_nothing_to_evaluate(self, reads, missing):

@@ -96,7 +96,7 @@ class TestTasks:
         ("files", "more", "message"),
         [
             ({}, (), "is neither a file of examples nor a folder of them: .jsonl, .csv, .parquet"),
-            ({"a.jsonl": '{"text": "a"}\n{"text": \n'}, (), "a.jsonl, line 2: no JSON"),
+            ({"a.jsonl": '{"text": "a"}\n{"text": \n'}, (), "a.jsonl, line 2: no JSON (Expecting value)."),
             ({"a.jsonl": '{"text": "a"}\n{"prompt": "a", "completion": "b"}\n'}, (), "line 2: prompt and completion, where"),
             ({"a.jsonl": '{"prompt": "a", "completion": ""}\n'}, (), "line 1: the completion is empty: leave the record out, or fill it"),
             ({"a.jsonl": '{"text": "a", "label": 1}\n'}, (), "unknown column 'label': allowed are text, or prompt and"),

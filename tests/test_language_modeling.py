@@ -258,6 +258,7 @@ class TestTasks:
             ({"name": None}, "The task name 'None' must be"),
             ({"name": "../x"}, r"The task name '\.\./x' must be"),
             ({"descriptions": None}, "descriptions of task 'a' must be a list of strings; found None"),
+            ({"descriptions": []}, "descriptions of task 'a' is empty: give one sentence at least that asks for it"),
             ({"descriptions": 3}, "descriptions of task 'a' must be a list of strings; found 3"),
             ({"descriptions": {"a": 1}}, "descriptions of task 'a' must be a list of strings"),
             ({"descriptions": [3]}, "descriptions of task 'a' must be a list of non-empty strings; found 3"),

@@ -90,6 +90,15 @@ def test_a_cut_file_is_one_line(tmp_path, ending):
         assert "\n" not in str(error.value)
 
 
+def test_more_pixels_than_there_is_memory_for():
+    class Large(Image.Image):
+        def load(self):
+            raise MemoryError
+
+    with pytest.raises(ValueError, match="is too large a picture for the memory of this machine: make it smaller"):
+        open_picture(Large())
+
+
 def test_postscript_is_not_run(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
     with pytest.raises(ValueError, match="runs them as programs"):

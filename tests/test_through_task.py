@@ -365,6 +365,11 @@ class TestAdapting:
         rows, given = [self.examples(world)[0]], self.given(world)
         with pytest.raises(ValueError, match="labelled= has 1 examples: two at least"):
             generator.adapt(labelled=rows, **given)
+        other = {"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, 2])} | (
+            {} if name == "detection" else {"pixel_values": torch.ones(3, 8, 8)}
+        )
+        with pytest.raises(ValueError, match=r"labelled= has examples of input_ids, labels.*: make them with its own processor"):
+            generator.adapt(labelled=[other, other], **given)
         with pytest.raises(ValueError, match=r"prior_weight=-1 must not be negative"):
             generator.adapt(labelled=rows * 2, prior_weight=-1, **given)
         model = generator.generate_adapter(**given)

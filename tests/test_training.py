@@ -184,7 +184,7 @@ def test_early_stop(tmp_path):
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_mse",
     }
-    args = arguments(tmp_path, num_train_epochs=200, learning_rate=0.5, **options)
+    args = arguments(tmp_path, num_train_epochs=200, learning_rate=0.05, **options)
     trainer = ICMTrainer(config(), args, collection=tiny_collection(), callbacks=[EarlyStoppingCallback(2)])
     trainer.train()
     assert trainer.state.epoch < 100
@@ -286,6 +286,14 @@ def test_single_snapshots_leave_nothing_to_hold_out(tmp_path, caplog):
     assert trainer.generator.config.training["held_out_snapshots"] == 0 and trainer.generator.config.training["metrics"] == []
 
 
+def test_a_disk_that_is_full_for_the_optimizer(tmp_path):
+    trainer = ICMTrainer(config(), arguments(tmp_path, save_strategy="steps", save_steps=1), collection=tiny_collection())
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "optimizer.pt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"The checkpoint of step 1 cannot be written into .*: if its disk is full make room, and resume"):
+        trainer.train()
+
+
 class TestWhatIsNotFinite:
     """Set in place, after the collection was checked."""
 
@@ -295,6 +303,18 @@ class TestWhatIsNotFinite:
         collection.snapshots["task1"][3, 5] = value
         with pytest.raises(ValueError, match="Task 'task1': snapshot 3 holds (nan|inf) in .*q_proj"):
             ICMTrainer(config(), arguments(tmp_path), collection=collection)
+
+    def test_a_loss(self, tmp_path):
+        """The generator that is there already stays."""
+        trainer = ICMTrainer(config(), arguments(tmp_path, learning_rate=1e30), collection=tiny_collection())
+        trainer.generator.save_pretrained(tmp_path / "g")
+        before = ICMGenerator.from_pretrained(tmp_path / "g").saved_sha256
+        with pytest.raises(ValueError, match=r"The loss is not finite at step \d+: lower the learning rate"):
+            trainer.train()
+        next(trainer.generator.parameters()).data.fill_(float("nan"))
+        with pytest.raises(ValueError, match="holds NaN or infinite values: such a generator is not saved"):
+            trainer.generator.save_pretrained(tmp_path / "g")
+        assert ICMGenerator.from_pretrained(tmp_path / "g").saved_sha256 == before
 
     def test_task_vectors(self, tmp_path):
         collection = tiny_collection()

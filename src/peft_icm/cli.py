@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from tempfile import gettempdir
 from typing import Any, NoReturn
 
 from . import __version__, cli_data, cli_options, cli_tasks, cli_verbs
@@ -116,6 +119,15 @@ def _errors_of_users() -> tuple[type[Exception], ...]:
     return (*known, torch.OutOfMemoryError) if torch else known
 
 
+def _tell(line: str) -> None:
+    """A line on stderr, the last and on its own: what was stopped left its progress bars open there."""
+    from tqdm import tqdm
+
+    for bar in list(tqdm._instances):
+        bar.close()
+    print(f"peft-icm: {line}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -137,12 +149,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         transformers.logging.disable_progress_bar()
         result = args.run(args)
     except KeyboardInterrupt as stop:
-        print("peft-icm: stopped; what was finished is kept.", file=sys.stderr)
+        _tell("stopped; what was finished is kept.")
         return 143 if isinstance(stop, _Terminated) else 130
-    except _errors_of_users() as error:
-        if args.debug:
+    except Exception as error:
+        said = " ".join(str(error).split())
+        memory = isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in said  # torch has no error of its own for the CPU's
+        if args.debug or not (memory or isinstance(error, _errors_of_users())):
             raise
-        print(f"peft-icm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if memory:
+            said = f"There is too little memory ({said or 'MemoryError'}): take smaller batches, a smaller model or another machine."
+        elif any(os.strerror(number) in said for number in (errno.ENOSPC, errno.EDQUOT)):  # of Python, and in its words of safetensors
+            output = f"for {args.output} and " if getattr(args, "output", None) else ""
+            said = f"The disk is full ({said}): make room {output}in {gettempdir()}, and run it again; what was finished is kept."
+        _tell(f"error: {said}")
         return 2
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -15,6 +15,14 @@ from typing import Any
 from .unknown import ON_UNKNOWN
 
 
+def seed(text: str) -> int:
+    """What transformers takes for a seed: a whole number from 0 to 2^32 - 1; of others torch and numpy say less."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number from 0 to 2^32 - 1")
+    return number
+
+
 def demo_options(p: argparse.ArgumentParser) -> None:
     """Options of `peft-icm demo`."""
     p.add_argument("--task", choices=["text", "detection"], default="text", help="text: a Llama; detection: Florence-2, pictures")
@@ -38,7 +46,7 @@ def collect_options(p: argparse.ArgumentParser) -> None:
     own("--lr-scheduler-type", "lr_scheduler_type", "schedule")
     own("--batch-size", "per_device_train_batch_size", "blocks in a batch")
     own("--dtype", "dtype", "dtype of the frozen base")
-    own("--seed", "seed", "one seed of A and B for all tasks")
+    own("--seed", "seed", "one seed of A and B for all tasks", type=seed)
     own("--num-workers", "num_workers", "deprecated: --launcher ray", type=int)
     own("--shard", "shard", "deprecated, without effect", type=str)
     _launcher_options(p, "tasks are trained")
@@ -125,7 +133,7 @@ def train_options(p: argparse.ArgumentParser) -> None:
     own("--condition-noise", "condition_noise", "noise on a condition")
     own("--phrasings", "phrasings", "sentences that each task should have; one with fewer gets phrasings of those it has; 0 for none")
     own("--max-memory-bytes", "max_memory_bytes", "memory for the snapshots that are read at a time")
-    p.add_argument("--seed", type=int, default=0, help="seed of weights and episodes")
+    p.add_argument("--seed", type=seed, default=0, help="seed of weights and episodes")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT.work")
     _token(p)
 
@@ -180,7 +188,7 @@ def generate_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--strength", type=float, default=1.0, help="factor on dW: 0 is the base")
     p.add_argument("--base-model", help="Hub id or folder of the base; by default the generator's own")
-    p.add_argument("--seed", type=int, default=0, help="seed of z")
+    p.add_argument("--seed", type=seed, default=0, help="seed of z")
     p.add_argument("--temperature", type=float, default=1.0, help="standard deviation of z")
 
 
@@ -196,7 +204,7 @@ def adapt_options(p: argparse.ArgumentParser) -> None:
     own = _fields(p, AdaptingMixin.adapt)
     own("--steps", "steps", "steps of 16 examples, at the most")
     own("--learning-rate", "learning_rate", "peak learning rate")
-    own("--seed", "seed", "of the order of the examples")
+    own("--seed", "seed", "of the order of the examples", type=seed)
     _example_options(p)
     _token(p)
 
@@ -215,7 +223,7 @@ def evaluate_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("generator", help="Hub id or folder of a generator; bundled:text and bundled:detection are the bundled ones")
     p.add_argument("--tasks", required=True, help="folder with tasks.json and held-out texts or annotated images")
     p.add_argument("--collection", required=True, help="collection whose last snapshots are the own LoRAs")
-    p.add_argument("--seeds", type=int, nargs="+", help="seeds of z, by default 0 1 2; with --requests one, by default 0")
+    p.add_argument("--seeds", type=seed, nargs="+", help="seeds of z, by default 0 1 2; with --requests one, by default 0")
     p.add_argument("--batch-size", type=int, default=16, help="windows or pictures in a forward pass")
     p.add_argument(
         "--requests",

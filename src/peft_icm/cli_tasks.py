@@ -54,6 +54,7 @@ def adapt(args: argparse.Namespace) -> dict[str, Any]:
     """Few labelled examples and a generator become an adapter for each task."""
     cli_verbs.check_folder(args.output, ADAPTERS)
     with cli_verbs.importing():
+        from .adapters.base import opening_base
         from .adapters.saving import save_adapter
         from .generator import modeling_icm  # noqa: F401
     from transformers import AutoProcessor
@@ -61,12 +62,22 @@ def adapt(args: argparse.Namespace) -> dict[str, Any]:
     from .tasks import load_tasks
     from .tasks.annotated_images import crops
     from .tasks.detection import DetectionTask
+    from .tasks.fields import numbered_examples
     from .training.conditions import EXCERPTS, excerpts
 
     generator = cli_verbs.load_generator(args.generator, token=args.token)
     tasks = load_tasks(args.tasks)
     detection = isinstance(tasks[0], DetectionTask)
-    processor = AutoProcessor.from_pretrained(args.base_model or generator.load_base().name_or_path, token=args.token)
+    name = str(args.base_model or generator.load_base().name_or_path)
+    with opening_base(name):
+        processor = AutoProcessor.from_pretrained(name, token=args.token)
+    examples: dict[str, Any] = {}
+    for task in tasks:  # all of them, before the first is learnt from
+        examples[task.name] = numbered_examples(task, processor, **example_options(args, detection))
+        if len(examples[task.name]) < 2:
+            raise ValueError(
+                f"Task {task.name!r} of {args.tasks} has one example: give two at least, to learn from one and tell by the other."
+            )
     folders = {}
     for task in tasks:
         given: dict[str, Any] = {}
@@ -76,10 +87,9 @@ def adapt(args: argparse.Namespace) -> dict[str, Any]:
             given["examples"] = excerpts(task.train_texts, EXCERPTS)
         else:  # of a task that nothing was trained on, words say less than pictures and examples, and beside them they mislead
             given["text"] = task.descriptions[0]
-        examples: Any = task.train_dataset(processor, **example_options(args, detection))
         model = generator.adapt(
             base_model=args.base_model,
-            labelled=examples,
+            labelled=examples[task.name],
             steps=args.steps,
             learning_rate=args.learning_rate,
             seed=args.seed,
@@ -87,9 +97,9 @@ def adapt(args: argparse.Namespace) -> dict[str, Any]:
             **given,
         )
         folders[task.name] = str(save_adapter(model, Path(args.output) / task.name).resolve())
+        with replacing_file(Path(args.output) / ADAPTERS) as temporary:  # with each: stopped, it can be started again
+            temporary.write_text(json.dumps(folders, indent=1), encoding="utf-8")
         cli_verbs.say(args, f"{task.name}: {folders[task.name]}")
-    with replacing_file(Path(args.output) / ADAPTERS) as temporary:
-        temporary.write_text(json.dumps(folders, indent=1), encoding="utf-8")
     return {"adapters": folders}
 
 

@@ -82,15 +82,19 @@ def check_folder(output: str, mark: str) -> None:
     if folder.is_dir():
         if any(folder.iterdir()) and not (folder / mark).is_file():
             raise ValueError(f"--output {output} holds files of something else (no {mark}): choose a new or an empty folder.")
+        if folder.is_mount():
+            raise ValueError(f"--output {output} is a mount point, which cannot be replaced in one step: choose a folder in it.")
     elif os.path.lexists(folder):
         raise ValueError(f"--output {output} is no folder: choose a new or an empty folder.")
     _check_writable(folder)
 
 
 def _check_writable(path: Path) -> None:
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not (there.is_dir() or there == path) or not os.access(there, os.W_OK):
-        raise OSError(f"--output {path} cannot be written: {there} is no folder that you may write to.")
+    """What is there, and the folder that it lies in: what is new is written beside it and swapped in."""
+    beside = next(parent for parent in path.absolute().parents if parent.exists())
+    for there in (beside, path) if path.exists() else (beside,):
+        if not (there.is_dir() or there == path) or not os.access(there, os.W_OK):
+            raise OSError(f"--output {path} cannot be written: {there} is no folder that you may write to.")
 
 
 # ---------------------------------------------------------------------- verbs
@@ -278,6 +282,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from .adapters.collection import AdapterCollection
     from .disk import replacing_file
     from .evaluation.detection import DetectionEvaluation, evaluate_detection
+    from .evaluation.memorisation import check_layout
     from .evaluation.requests import evaluate_requests, load_requests
     from .evaluation.text import Evaluation, evaluate_generator
     from .tasks import load_tasks
@@ -285,9 +290,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
     generator = load_generator(args.generator, token=args.token)
     collection = AdapterCollection.from_pretrained(args.collection, token=args.token)
+    tasks: Any = load_tasks(args.tasks)
+    check_layout(generator, collection)
     processor = AutoProcessor.from_pretrained(generator.load_base().name_or_path, token=args.token)
     own = {task: collection.final(task) for task in collection.tasks}
-    tasks: Any = load_tasks(args.tasks)
     options = {"batch_size": args.batch_size, "launching": launching}
     seeds = {"seeds": args.seeds} if args.seeds else {}
     report: Any

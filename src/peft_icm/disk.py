@@ -109,13 +109,15 @@ def replacing_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         `Path`: An empty folder to write into.
 
     Raises:
-        `OSError`: If `target` is a file or a URL.
+        `OSError`: If `target` is a file, a mount point or a URL.
     """
     path = Path(target).resolve()
     if re.match(r"[A-Za-z][\w+.-]+:/", str(target)):  # Path makes one stroke of two
         raise OSError(f"{target} is a URL, and this is written into folders: save it into one, then copy that.")
     if path.exists() and not path.is_dir():
         raise OSError(f"{target} is a file: choose a folder.")
+    if path.is_mount():
+        raise OSError(f"{target} is a mount point, which cannot be replaced in one step: choose a folder in it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:50]}-", suffix=".part", dir=path.parent))
     try:

@@ -36,7 +36,7 @@ def open_picture(image: Picture) -> Image.Image:
 
     Raises:
         `ValueError`: If the file is missing, is no picture, is damaged, or has more pixels than Pillow opens (twice
-            `PIL.Image.MAX_IMAGE_PIXELS`, 178 million).
+            `PIL.Image.MAX_IMAGE_PIXELS`, 178 million) or than there is memory for.
 
     Example:
 
@@ -96,6 +96,8 @@ def _opened(image: Picture) -> Iterator[Image.Image]:
                 yield picture
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large a picture ({error}): make it smaller.") from error
+    except MemoryError as error:
+        raise ValueError(f"{name} is too large a picture for the memory of this machine: make it smaller.") from error
     except Exception as error:  # a damaged file ends Pillow's decoders with exceptions of any kind
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name} is no picture that can be opened ({reason}): pass the path of an image file.") from error

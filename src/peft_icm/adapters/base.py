@@ -6,10 +6,15 @@ import copy
 import itertools
 import os
 import struct
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import transformers
-from peft import PeftModel
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
@@ -56,14 +61,10 @@ def load_base(layout: AdapterLayout, name: str, revision: str | None, **base_mod
     """
     if base_model_kwargs.get("trust_remote_code"):
         raise ValueError("trust_remote_code=True: code of a base is never run, load the model yourself and pass it as base_model.")
-    if os.path.isfile(name):
-        raise ValueError(
-            f"The base model {name} is a file: pass its folder, and for a GGUF file base_model_kwargs={{'gguf_file': its name}}."
-        )
     revision = revision or "main"
     where = {key: base_model_kwargs[key] for key in _WHERE if key in base_model_kwargs}
     wanted = layout.base_model_class
-    try:
+    with opening_base(name):
         # Where the adapter does not say, the base's own config does.
         kind: Any = (
             base_class(transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **where))
@@ -71,10 +72,57 @@ def load_base(layout: AdapterLayout, name: str, revision: str | None, **base_mod
             else _known_class(wanted)
         )
         return kind.from_pretrained(name, **{**base_model_kwargs, "revision": revision, "use_safetensors": True}).eval()
+
+
+@contextmanager
+def opening_base(name: str) -> Iterator[None]:
+    """One line for whatever ends the loading of a base, its config or its processor.
+
+    Args:
+        name (`str`): Hub id or folder of the base.
+
+    Raises:
+        `OSError`: If it is neither a folder nor the id of a repo, cannot be read, or needs a package that is missing.
+        `ValueError`: If it is a file, its files are corrupted or don't fit each other, or transformers knows no such model.
+    """
+    if os.path.isfile(name):
+        raise ValueError(
+            f"The base model {name} is a file: pass its folder, and for a GGUF file base_model_kwargs={{'gguf_file': its name}}."
+        )
+    try:
+        if not os.path.isdir(name):
+            validate_repo_id(name)
+        yield
+    except HFValidationError as error:
+        raise OSError(
+            f"The base model {name!r} is neither an existing folder nor the id of a Hub repo ('org/name'): pass one as base_model."
+        ) from error
     except (OSError, ImportError) as error:
         raise OSError(f"The base model {name}: {' '.join(str(error).split())}") from error
-    except (ValueError, RuntimeError, SafetensorError, struct.error) as error:
+    except (ValueError, RuntimeError, SafetensorError, StrictDataclassError, struct.error) as error:
         raise ValueError(f"The base model {name}: {' '.join(str(error).split())}") from error
+
+
+def add_lora(base: PreTrainedModel, lora_config: LoraConfig) -> PeftModel:
+    """Put a LoRA on a base.
+
+    Args:
+        base (`PreTrainedModel`): Changed in place.
+        lora_config (`LoraConfig`): Copied: peft writes into it.
+
+    Returns:
+        `PeftModel`
+
+    Raises:
+        `ValueError`: If the base has no such modules, or none of a kind that a LoRA is for.
+    """
+    try:
+        return get_peft_model(base, copy.deepcopy(lora_config))
+    except ValueError as error:
+        targets = lora_config.target_modules
+        named = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+        reason = textwrap.shorten(str(error), 200)
+        raise ValueError(f"A LoRA of r={lora_config.r} on {named!r} does not fit a {type(base).__name__}: {reason}") from error
 
 
 def base_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

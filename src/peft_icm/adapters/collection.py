@@ -250,7 +250,10 @@ class AdapterCollection:
         if not (root / MANIFEST).is_file():
             raise ValueError(f"{folder} is no adapter collection: it has no {MANIFEST}.")
         manifest = _read_manifest(root / MANIFEST)
-        layout = AdapterLayout.from_dict(manifest["layout"])
+        try:
+            layout = AdapterLayout.from_dict(manifest["layout"])
+        except ValueError as error:
+            raise ValueError(f"{root / MANIFEST}: {error} Download or collect it again.") from error
         # The files of the Hub's cache are links into its blobs, which lie beside the snapshots.
         bounds = root if Path(folder).is_dir() else root.parent.parent
         files: dict[str, Path] = {}

@@ -126,12 +126,13 @@ class Service:
 
     Raises:
         `OSError`: If the base cannot be found or read.
-        `ValueError`: If the generator names no base, or one that is neither a causal language model nor a Florence-2.
+        `ValueError`: If the generator names no base, or the base does not fit it, or is neither a causal language model nor a Florence-2.
     """
 
     def __init__(self, generator: ICMGenerator, base_model: str | None = None, token: str | None = None):
         self.generator = generator
         self.base: Any = generator.load_base() if base_model is None else load_base(generator.layout, base_model, None, token=token)
+        generator.layout.check_base(self.base)
         self.detects = self.base.config.model_type == "florence2"
         if not self.detects and (self.base.config.is_encoder_decoder or not self.base.can_generate()):
             raise ValueError(f"The base is a {type(self.base).__name__}: the page shows causal language models and Florence-2.")

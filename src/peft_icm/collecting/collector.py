@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import datetime
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +13,13 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, has_file
 
-from ..adapters.base import base_class
+from ..adapters.base import add_lora, base_class, opening_base
 from ..adapters.collection import AdapterCollection
 from ..adapters.functional import check_fields
 from ..adapters.layout import AdapterLayout
@@ -78,7 +77,8 @@ def collect(
         def finished(task: Task) -> bool:
             return (folder / task.name / DONE).is_file()
 
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        with opening_base(name):
+            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         data = {task.name: data_sha256(task, processor, args) for task in tqdm(tasks, desc="reading tasks", leave=False)}
         for task in filter(finished, tasks):
             check_finished(folder / task.name, args.num_snapshots, data[task.name])
@@ -202,7 +202,9 @@ def _check_before_training(base_model: str, lora_config: LoraConfig, args: Colle
     must fit its context.
     """
     check_fields(lora_config.to_dict())
-    config = AutoConfig.from_pretrained(base_model, trust_remote_code=False)
+    with opening_base(base_model):
+        config = AutoConfig.from_pretrained(base_model, trust_remote_code=False)
+        kind = base_class(config)
     if not any(has_file(base_model, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         raise OSError(
             f"The base model {base_model} has no weights in safetensors, the only ones that are opened:"
@@ -212,5 +214,5 @@ def _check_before_training(base_model: str, lora_config: LoraConfig, args: Colle
     if bound and isinstance(block_size, int) and block_size > bound:
         raise ValueError(f"block_size={block_size} is more than the {bound} tokens that {base_model} reads at once.")
     with torch.device("meta"):
-        model = get_peft_model(base_class(config)._from_config(config), copy.deepcopy(lora_config))
+        model = add_lora(kind._from_config(config), lora_config)
     AdapterLayout.from_peft_model(model)

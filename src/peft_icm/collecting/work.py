@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
-from ..adapters.base import base_class
+from ..adapters.base import base_class, opening_base
 from .arguments import CollectingArguments, Task
 from .folder import locked, task_lock
 from .lora import train_lora
@@ -43,10 +43,10 @@ def work(
         `ValueError`: If a LoRA holds a value that is not finite.
         `OSError`: If `args.output_dir` is a URL that cannot be written to.
     """
-    base: nn.Module = base_class(AutoConfig.from_pretrained(base_model, trust_remote_code=False)).from_pretrained(
-        base_model, dtype=args.dtype, use_safetensors=True
-    )
-    processor = AutoProcessor.from_pretrained(base_model, trust_remote_code=False)
+    with opening_base(base_model):
+        kind = base_class(AutoConfig.from_pretrained(base_model, trust_remote_code=False))
+        base: nn.Module = kind.from_pretrained(base_model, dtype=args.dtype, use_safetensors=True)
+        processor = AutoProcessor.from_pretrained(base_model, trust_remote_code=False)
     with working_folder(args.output_dir) as folder:
         for task in tasks:
             with locked(task_lock(folder, task.name), patience) as held:

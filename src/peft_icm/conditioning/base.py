@@ -139,7 +139,7 @@ class TaskEncoder(ABC):
             if isinstance(item, str) != isinstance(items[0], str):
                 raise ValueError(f"{expected}, found both in one list: encode them apart.")
             if isinstance(item, str) and item.encode(errors="ignore").decode() != item:
-                raise ValueError(f"{item!r} has a surrogate, half of a character: pass text that can be written in UTF-8.")
+                raise ValueError(f"{item[:80]!r} has a surrogate, half of a character: pass text that can be written in UTF-8.")
         texts = [item for item in items if isinstance(item, str)]  # all of them or none
         sizes = self._check_lengths(texts) if texts else [self.picture_tokens] * len(items)
         rows = []

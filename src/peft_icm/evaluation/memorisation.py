@@ -185,13 +185,26 @@ def _blocks(numbers: Mapping[str, int]) -> Iterator[list[str]]:
     yield block
 
 
+def check_layout(generator: AdapterSource, collection: AdapterCollection) -> None:
+    """Refuse a collection whose LoRAs are no adapters of the generator's kind.
+
+    Args:
+        generator ([`ICMGenerator`]): Or a baseline.
+        collection ([`AdapterCollection`]): Of the own LoRAs of tasks.
+
+    Raises:
+        `ValueError`: Names the first difference.
+    """
+    if collection.layout.fingerprint != generator.layout.fingerprint:
+        difference = generator.layout.difference(collection.layout)
+        raise ValueError(f"The collection has another layout than the generator: {difference}. Pass the one that it was trained on.")
+
+
 def _check(generator: AdapterSource, collection: AdapterCollection, seeds: Sequence[int]) -> dict[str, int]:
     """The number of snapshots of each task."""
     if not seeds:
         raise ValueError("seeds=() must name at least one seed of z, such as (0, 1, 2).")
-    if collection.layout.fingerprint != generator.layout.fingerprint:
-        difference = generator.layout.difference(collection.layout)
-        raise ValueError(f"The collection has another layout than the generator: {difference}. Pass the one that it was trained on.")
+    check_layout(generator, collection)
     missing = next((task for task in collection.tasks if not len(collection.task_vectors.get(task, ()))), None)
     if missing is not None:
         raise ValueError(f"The collection has no task vectors for {missing!r}: call collection.encode(generator.encoder) first.")

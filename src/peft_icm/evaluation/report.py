@@ -217,7 +217,7 @@ class Report(ABC, Generic[Score]):
             [`Report`]: Of the kind that is asked.
 
         Raises:
-            `ValueError`: If there is no task or no seed, or a task has no held-out data, no description or no own LoRA.
+            `ValueError`: If there is no task or no seed, or a task has no held-out data or no own LoRA.
             `OSError`: If there is no Ray cluster at the address, or a task failed in another process.
         """
         check_launcher(launching)
@@ -225,8 +225,8 @@ class Report(ABC, Generic[Score]):
             raise ValueError(f"tasks={tasks!r:.80} and seeds={seeds!r:.80} must each have one entry at least.")
         for task in tasks:
             needed, items = cls.tested_on(task)
-            if not items or not task.descriptions or task.name not in own:
-                raise ValueError(f"Task {task.name!r} needs {needed}, a description and an own LoRA to be evaluated.")
+            if not items or task.name not in own:
+                raise ValueError(f"Task {task.name!r} needs {needed} and an own LoRA to be evaluated.")
         start = time.perf_counter()
         seen = HANDFUL * len(seeds) if "images" in generator.encoder.accepts else 0
         half = max(1, len(tasks) // 2)

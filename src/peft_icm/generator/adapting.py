@@ -82,6 +82,12 @@ class AdaptingMixin(AdapterMixin):
         from .prior_fit import Run, fit_runs  # the Trainer, which generating alone needs not
 
         examples = [labelled[index] for index in range(len(labelled))]
+        sees = "image" in base.input_modalities
+        if any(("pixel_values" in example) != sees for example in examples):
+            raise ValueError(
+                f"labelled= has examples of {', '.join(examples[0])}, and a {type(base).__name__} reads"
+                f" {'pictures' if sees else 'text alone'}: make them with its own processor."
+            )
         part = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)) % FOLDS
         folds = [
             Run(torch.nonzero(part != fold)[:, 0].tolist(), torch.nonzero(part == fold)[:, 0].tolist(), weight, batch=FOLD_BATCH)

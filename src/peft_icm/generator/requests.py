@@ -155,7 +155,7 @@ class RequestsMixin:
         reading = self._read(vector)
         if self.reader is not None and self.space is not None:
             vector = self.reader.settle(self.space, vector[None].to(self.reader.means.device))[0]
-        request = f"{text!r}" if text is not None else "This request"
+        request = f"{text[:80]!r}" if text is not None else "This request"
         nearest = f"{reading.task} ({reading.description!r}, {reading.confidence:.2f})"
         heard = f"{request} is none of this generator's tasks: the nearest is {nearest}"
         if on_unknown == "shrink":

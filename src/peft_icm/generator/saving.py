@@ -72,6 +72,8 @@ class SavedModel(AdapterMixin, PreTrainedModel):
         folder = inside(root, subfolder) if subfolder else root
         fields = {field: kwargs.pop(field) for field in ICMConfig.__annotations__ if field in kwargs}
         own: ICMConfig = config if isinstance(config, ICMConfig) else ICMConfig.from_pretrained(config or folder, **fields)
+        if own.layout is None:
+            raise ValueError(f"{folder} holds no generator: its config.json is missing, or has no layout. Name a folder that holds one.")
         found = check_weights(weight_files(folder, variant), cls._expected(own))
         if own.weights_sha256 not in (None, found):
             raise ValueError(f"The weights in {folder} are not those that its config.json was saved with: download or save it again.")

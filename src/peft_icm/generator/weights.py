@@ -134,11 +134,20 @@ def hash_weights(files: Sequence[Path]) -> str:
 
     Returns:
         `str`
+
+    Raises:
+        `ValueError`: If a tensor is not finite: what could not be loaded is not saved.
     """
     digests: dict[str, bytes] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            digests |= {name: _digest(name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                tensor = file.get_tensor(name)
+                if not all_finite(tensor):
+                    raise ValueError(
+                        f"{name} holds NaN or infinite values: such a generator is not saved. Train it at a lower learning rate."
+                    )
+                digests[name] = _digest(name, tensor)
     return _together(digests)
 
 

@@ -132,7 +132,7 @@ def load_coco(annotations: str | os.PathLike[str], images: str | os.PathLike[str
     for row in rows["images"]:
         sizes[row["id"]] = picture_size(files[row["id"]])
         _check_size((row["width"], row["height"]), sizes[row["id"]], f"{annotations}: {row['file_name']}")
-    names = {row["id"]: row["file_name"] for row in rows["images"]}
+    names = {row["id"]: f"{annotations}: {row['file_name']}" for row in rows["images"]}
     boxes: dict[Any, list[list[float]]] = {number: [] for number in files}
     labels: dict[Any, list[str]] = {number: [] for number in files}
     for row in rows["annotations"]:

@@ -9,7 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import PIL.Image
 import torch
@@ -20,7 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..disk import safe_name
 from .annotated_images import AnnotatedImage, load_coco
-from .fields import at_least, make_tasks, path_from_json, read_tasks_json, strings
+from .fields import at_least, check_sentences, make_tasks, path_from_json, read_tasks_json
 from .florence_answers import answer_text, parse_answer
 
 
@@ -112,7 +112,8 @@ class DetectionTask:
             base has no name for it.
 
     Raises:
-        `ValueError`: If the name is no file name ([`safe_name`]), or the label or a description is no string or blank.
+        `ValueError`: If the name is no file name ([`safe_name`]), the label or a description is no string or blank, or there is no
+            description.
     """
 
     name: str
@@ -123,11 +124,11 @@ class DetectionTask:
     unseen_descriptions: list[str] = field(default_factory=list)
     prompt: str = "<OD>"
     answer: str | None = None
+    holds: ClassVar[str] = "pictures"  # which the base must read
 
     def __post_init__(self) -> None:
         safe_name(self.name, "task")
-        self.descriptions = strings(self.descriptions, f"descriptions of task {self.name!r}")
-        self.unseen_descriptions = strings(self.unseen_descriptions, f"unseen_descriptions of task {self.name!r}")
+        check_sentences(self)
         if not isinstance(self.label, str) or not self.label.strip():
             raise ValueError(f"label of task {self.name!r} must be a non-empty string; found {self.label!r:.80}.")
 

@@ -164,6 +164,21 @@ def path_from_json(folder: str | os.PathLike[str], name: Any, field: str) -> Pat
         raise ValueError(f"{field} must name something inside {folder}, or an absolute path ({error})") from error
 
 
+def check_sentences(task: Any) -> None:
+    """Check the sentences of a task, and make lists of single ones.
+
+    Args:
+        task ([`Task`]): Whose `descriptions` and `unseen_descriptions` are set.
+
+    Raises:
+        `ValueError`: If one is no list of non-empty strings, or there are no `descriptions`.
+    """
+    for name in ("descriptions", "unseen_descriptions"):
+        setattr(task, name, strings(getattr(task, name), f"{name} of task {task.name!r}"))
+    if not task.descriptions:
+        raise ValueError(f"descriptions of task {task.name!r} is empty: give one sentence at least that asks for it.")
+
+
 def numbered_examples(task: Any, processor: Any, **dataset_kwargs: Any) -> Any:
     """The `train_dataset` of a task, whose examples are drawn by their number.
 
@@ -176,10 +191,15 @@ def numbered_examples(task: Any, processor: Any, **dataset_kwargs: Any) -> Any:
         `Dataset`: Map-style.
 
     Raises:
-        `ValueError`: If it is a stream.
+        `ValueError`: If the task holds pictures and the base reads texts, or the other way round; or if its data set is a stream.
     """
     from torch.utils.data import IterableDataset
+    from transformers import ProcessorMixin
 
+    reads = "pictures" if isinstance(processor, ProcessorMixin) else "texts"
+    if (holds := getattr(task, "holds", reads)) != reads:
+        base = getattr(processor, "tokenizer", processor).name_or_path
+        raise ValueError(f"Task {task.name!r} has {holds}, the base {base} reads {reads}: take another base.")
     dataset = task.train_dataset(processor, **dataset_kwargs)
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise ValueError(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..disk import safe_name
-from .fields import at_least, make_tasks, path_from_json, read_tasks_json, strings
+from .fields import at_least, check_sentences, make_tasks, path_from_json, read_tasks_json
 from .likelihood import NLL, context_size, nll, windows, wrong_tokens
 from .records import SUFFIXES, Record, read_examples, records
 from .token_blocks import TokenBlocks, encoded, packed, padded
@@ -30,7 +30,7 @@ class LanguageModelingTask:
 
     Raises:
         `ValueError`: If the name is no file name ([`safe_name`]), or something else is no list of strings or of records of one kind,
-            or a description is blank.
+            or a description is blank, or there is none.
 
     Example:
 
@@ -47,11 +47,11 @@ class LanguageModelingTask:
     train_texts: list[Record]
     test_texts: list[Record]
     unseen_descriptions: list[str] = field(default_factory=list)
+    holds: ClassVar[str] = "texts"  # which the base must read
 
     def __post_init__(self) -> None:
         safe_name(self.name, "task")
-        for name in ("descriptions", "unseen_descriptions"):
-            setattr(self, name, strings(getattr(self, name), f"{name} of task {self.name!r}"))
+        check_sentences(self)
         for name in ("train_texts", "test_texts"):
             setattr(self, name, records(getattr(self, name), f"{name} of task {self.name!r}"))
 
@@ -74,8 +74,8 @@ class LanguageModelingTask:
             [`TokenBlocks`]
 
         Raises:
-            `ValueError`: If the records do not fill one block, a number is too small, or the tokenizer has no chat template for
-                conversations.
+            `ValueError`: If the records do not fill one block, a number is too small, or the tokenizer
+                has no chat template for conversations.
         """
         at_least(2, block_size=block_size)  # a token is predicted from those before it
         rows = [encoded(tokenizer, record) for record in self.train_texts]
@@ -83,7 +83,8 @@ class LanguageModelingTask:
         blocks = (packed if together else padded)(rows, block_size, blocks_per_epoch)
         if not len(blocks.blocks):
             count = sum(len(ids) for ids, _ in rows)
-            raise ValueError(f"Task {self.name!r} has {count} training tokens, less than one block of {block_size}.")
+            advice = "give it more to train on, or take a smaller block_size"
+            raise ValueError(f"Task {self.name!r} has {count} training tokens, less than one block of {block_size}: {advice}.")
         return blocks
 
 

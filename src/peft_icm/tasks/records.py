@@ -267,7 +267,7 @@ def _json_rows(file: Path, lines: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}, line {number}: no JSON ({error}).") from error
+            raise ValueError(f"{file}, line {number}: no JSON ({getattr(error, 'msg', error)}).") from error
         if not isinstance(row, dict):
             raise ValueError(f"{file}, line {number}: must be a JSON object; found {line.strip()!r:.80}.")
         yield f"line {number}", row

@@ -68,12 +68,11 @@ class ICMTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        if self.max_handful < 1:
-            raise ValueError(f"max_handful={self.max_handful} must be at least 1.")
+        for name in ("max_handful", "max_memory_bytes", "per_device_train_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.phrasings < 0:
             raise ValueError(f"phrasings={self.phrasings} must not be negative.")
-        if self.max_memory_bytes < 1:
-            raise ValueError(f"max_memory_bytes={self.max_memory_bytes} must be at least 1.")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is unknown: choose one of {', '.join(OBJECTIVES)}.")
         if self.fsdp and self.objective != "task":

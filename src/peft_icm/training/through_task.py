@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import AutoConfig, AutoProcessor, EvalPrediction, PreTrainedModel, ProcessorMixin, Trainer
+from transformers import AutoConfig, AutoProcessor, EvalPrediction, PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..adapters.base import base_class, check_bare
+from ..adapters.base import add_lora, base_class, check_bare, opening_base
 from ..adapters.examples import collate, example_losses
 from ..adapters.layout import AdapterLayout
 from ..adapters.per_sample import PerSampleLora
@@ -25,7 +25,6 @@ from ..conditioning.spelling import words_of
 from ..generator.configuration_icm import ICMConfig
 from ..generator.modeling_icm import ICMGenerator
 from ..generator.networks import DirectNetwork
-from ..tasks.detection import DetectionTask
 from ..tasks.fields import numbered_examples
 from .arguments import ICMTrainingArguments
 from .conditions import task_conditions
@@ -182,10 +181,7 @@ class ThroughTask:
         self.base: Any = base_model if isinstance(base_model, torch.nn.Module) else _load(str(base_model))
         check_bare(self.base)
         processor = processor or AutoProcessor.from_pretrained(self.base.name_or_path, trust_remote_code=False)
-        for task in (*tasks, *eval_tasks):
-            if isinstance(task, DetectionTask) != isinstance(processor, ProcessorMixin):
-                has, reads = ("pictures", "texts") if isinstance(task, DetectionTask) else ("texts", "pictures")
-                raise ValueError(f"Task {task.name!r} has {has}, the base {self.base.name_or_path} reads {reads}: take another base.")
+        examples = [numbered_examples(task, processor, **args.dataset_kwargs) for task in (*tasks, *eval_tasks)]
         conditions = task_conditions([*tasks, *eval_tasks], encoder, args.phrasings, args.seed)
         vectors, unseen = conditions[: len(self.tasks)], conditions[len(self.tasks) :]
         self.reading: dict[str, Any]
@@ -208,13 +204,13 @@ class ThroughTask:
             shard(self.base, args)
         self.base.to(args.device)  # type: ignore[arg-type]
 
-        def episodes(found: Sequence[Any], conditions: list[list[Tensor]]) -> TaskEpisodes:
-            datasets = [numbered_examples(task, processor, **args.dataset_kwargs) for task in found]
-            return TaskEpisodes([task.name for task in found], datasets, conditions, args, self.generator, encoder)
+        def episodes(found: Sequence[Any], examples: list[Any], conditions: list[list[Tensor]]) -> TaskEpisodes:
+            return TaskEpisodes([task.name for task in found], examples, conditions, args, self.generator, encoder)
 
+        count = len(self.tasks)
         self.means = torch.stack([encoder.average(torch.cat(groups)) for groups in vectors])
-        self.train_dataset = episodes(self.tasks, vectors)
-        self.eval_dataset = {"unseen": episodes(eval_tasks, unseen)} if eval_tasks else None
+        self.train_dataset = episodes(self.tasks, examples[:count], vectors)
+        self.eval_dataset = {"unseen": episodes(eval_tasks, examples[count:], unseen)} if eval_tasks else None
 
     def evaluated(self, dataset: TaskEpisodes) -> TaskRound:
         """What an evaluation reads of a data set."""
@@ -340,7 +336,7 @@ def new_task_generator(
     if lora_config is None:
         raise ValueError("objective='task' needs lora_config=, such as LoraConfig(r=4, target_modules=['q_proj', 'v_proj']).")
     torch.manual_seed(seed)
-    model = get_peft_model(base, copy.deepcopy(lora_config))
+    model = add_lora(base, lora_config)
     layout = AdapterLayout.from_peft_model(model)
     start = layout.flatten(get_peft_model_state_dict(model, save_embedding_layers=False)).float()
     model.unload()
@@ -365,5 +361,6 @@ def new_task_generator(
 
 
 def _load(name: str) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    return base_class(config).from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+    with opening_base(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return base_class(config).from_pretrained(name, use_safetensors=True, trust_remote_code=False)

@@ -116,7 +116,7 @@ class ICMTrainer(Trainer):
     Raises:
         `ValueError`: If the collection has no task vectors or holds a value that is not finite, the model has another layout, what the
             objective needs is missing, or a target is no linear layer.
-        `OSError`: If `args.output_dir` is a file.
+        `OSError`: If `args.output_dir` is a file, or a checkpoint cannot be written.
     """
 
     @_or_the_order_of_0_1_0
@@ -186,8 +186,16 @@ class ICMTrainer(Trainer):
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The objective's loss."""
+        """The objective's loss.
+
+        Raises:
+            `ValueError`: If it is not finite.
+        """
         loss, outputs = self.objective.loss(self, model, inputs, num_items_in_batch)
+        if not loss.detach().isfinite().all():
+            raise ValueError(
+                f"The loss is not finite at step {self.state.global_step + 1}: lower the learning rate. The last checkpoint is as it was."
+            )
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -208,6 +216,15 @@ class ICMTrainer(Trainer):
         """Keep what was found, for [`ReportFigure`]: the log takes numbers alone."""
         self.found = super().evaluation_loop(dataloader, *args, **kwargs)
         return self.found
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as error:  # which torch's writer raises on a full disk, about positions in a file
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} cannot be written into {self.args.output_dir}"
+                f" ({' '.join(str(error).split())}): if its disk is full make room, and resume from the checkpoint before."
+            ) from error
 
     # ------------------------------------------------------------------ the end
     def train(self, *args: Any, **kwargs: Any) -> Any:
