@@ -200,13 +200,14 @@ class SnapshotMatrix:
             about (`str`): What is done, for the progress bar.
 
         Yields:
-            `tuple[slice, Tensor]`: Which columns, and `[N, n]` of them: the caller's.
+            `tuple[slice, Tensor]`: Which columns, and `[N, n]` of them: the caller's until the next block.
         """
-        step = max(1, self.max_memory_bytes // (_BYTES * len(self)))
+        step = min(self.width, max(1, self.max_memory_bytes // (_BYTES * len(self))))
+        memory = torch.empty(len(self) * step)  # of all blocks: fresh one costs more time than what is read into it
         with self._bar(self.width, about) as bar:
             for start in range(0, self.width, step):
                 stop = min(start + step, self.width)
-                block, filled = torch.empty(len(self), stop - start), 0
+                block, filled = memory[: len(self) * (stop - start)].view(len(self), -1), 0
                 for part in self.parts:
                     block[filled : filled + len(part)] = part.columns(start, stop)
                     filled += len(part)
