@@ -312,7 +312,8 @@ def test_memory_is_bounded_whatever_the_size(tmp_path):
         vectors = {name: torch.randn(3, 8, generator=draw) for name in names}
         AdapterCollection(layout, snapshots, {}, vectors).save_pretrained(tmp_path / collection)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    env["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is let go goes back at once: malloc keeps up to 80 MiB of it, another time none
     for memory in (bound, 2**34):
         command = [sys.executable, "-c", MEASURE, str(tmp_path), str(memory)]
         grown[memory] = json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()[-1])
-    assert grown[bound] < 100 * 2**20 < 192 * 2**20 < grown[2**34], grown
+    assert grown[bound] < 50 * 2**20 < 192 * 2**20 < grown[2**34], grown

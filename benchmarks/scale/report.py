@@ -157,8 +157,6 @@ def draw(result: dict[str, Any], file: Path) -> None:
                 limit = [point[f"{kind}_bytes"] / unit for point in points]
                 axes.plot([point["size"] for point in points], limit, style, color="grey", label=label)
             axes.set(xscale="log", yscale="log", ylabel=what)
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_formatter("{x:g}")  # that of a logarithmic axis writes mathematics, which save_figure does not read
             axes.grid(alpha=0.3)
             axes.legend(frameon=False, fontsize=8, title="stage, slope", loc="center left", bbox_to_anchor=(1, 0.5))
         grid[1][column].set_xlabel("P, numbers of an adapter" if along == "P" else f"tasks, at P = {result['width']:,}")

@@ -203,7 +203,7 @@ class SnapshotMatrix:
             `tuple[slice, Tensor]`: Which columns, and `[N, n]` of them: the caller's until the next block.
         """
         step = min(self.width, max(1, self.max_memory_bytes // (_BYTES * len(self))))
-        memory = torch.empty(len(self) * step)  # of all blocks: fresh one costs more time than what is read into it
+        memory = torch.empty(len(self) * step)  # of all blocks: fresh memory for each takes time
         with self._bar(self.width, about) as bar:
             for start in range(0, self.width, step):
                 stop = min(start + step, self.width)
