@@ -170,16 +170,36 @@ class TestInt8:
             model.network.basis[2] = 0
         assert not quantised(model, tmp_path).network.rows[2].any()
 
-    def test_it_encodes_and_does_not_train(self, layout, tmp_path):
-        model = fitted(layout)
+    @pytest.mark.parametrize("architecture", ["principal", "direct"])
+    def test_it_encodes(self, layout, architecture, tmp_path):
+        model = fitted(layout, architecture)
         found = quantised(model, tmp_path)
         parameters, condition = torch.randn(3, layout.numel), torch.randn(3, CONDITION_DIM)
         with torch.no_grad():
             one, two = (each(parameters, condition, noise=torch.zeros(3, 4)) for each in (model, found))
         torch.testing.assert_close(one.latent_mean, two.latent_mean, rtol=0.05, atol=0.05)
-        for refused in (found.train, lambda: found.fit(parameters, condition), lambda: found.project(parameters)):
-            with pytest.raises(ValueError, match="basis_dtype='int8': generators of 8 bits do not train"):
+
+    def test_what_takes_gradients_is_not_of_8_bits(self, layout, tmp_path):
+        found = quantised(fitted(layout, "direct"), tmp_path)
+        for refused in (found.train, lambda: found.fit(torch.randn(3, layout.numel), torch.randn(3, CONDITION_DIM))):
+            with pytest.raises(ValueError, match="basis_dtype='int8': the map of 'direct' does not train in 8 bits"):
                 refused()
+
+    def test_what_is_estimated_is_never_whole_in_fp32(self, layout, monkeypatch):
+        monkeypatch.setattr(linear_decoder, "BLOCK", 1000)
+        parameters, condition = torch.randn(3, layout.numel), torch.randn(3, CONDITION_DIM)
+        with Largest() as watch:
+            model = generator(layout, num_components=24, basis_dtype="int8")
+            model.fit(parameters, condition)
+            coordinates = model.project(parameters)
+        assert watch.numbers <= 24 * layout.numel / 2
+        assert model.network.basis.dtype == torch.int8 and coordinates.shape == (3, 3)
+        given = {"condition": condition, "noise": torch.zeros(3, 4)}
+        with torch.no_grad():
+            whole, small = (
+                model(**adapters, **given).squared_error for adapters in ({"parameters": parameters}, {"coordinates": coordinates})
+            )
+        torch.testing.assert_close(small, whole, rtol=0.02, atol=0)
 
     def test_what_is_none(self, tmp_path):
         with pytest.raises(ValueError, match="basis_dtype='int4' is unknown"):
@@ -226,7 +246,7 @@ def place(tensor):
 
 
 class Largest(TorchFunctionMode):
-    """Remembers the most numbers that an operation of torch made."""
+    """Remembers the most numbers of fp32 that would fit into what an operation of torch made in floating point."""
 
     def __init__(self):
         super().__init__()
@@ -236,7 +256,7 @@ class Largest(TorchFunctionMode):
         found = function(*args, **(kwargs or {}))
         given = {place(tensor) for tensor in args if isinstance(tensor, torch.Tensor)}
         if isinstance(found, torch.Tensor) and found.dtype.is_floating_point and place(found) not in given:
-            self.numbers = max(self.numbers, found.numel())
+            self.numbers = max(self.numbers, found.nbytes / 4)
         return found
 
 

@@ -38,7 +38,7 @@ def hold(case):
 
 def hold_too_much(case):
     """One of more than there may be."""
-    yield lambda: torch.ones(stages.MEMORY, dtype=torch.uint8)
+    yield lambda: torch.ones(2 * stages.MEMORY, dtype=torch.uint8)
 
 
 def test_layouts_go_from_ten_thousand_to_a_hundred_million(tmp_path):
@@ -82,11 +82,16 @@ def test_bytes_by_formula_are_those_of_files(tmp_path):
     assert written[2]["generator"] < written[2]["int4"]
 
 
-def test_one_stage_anew_leaves_the_others_as_they_stand():
-    old = {"date": "2026-11-26", "command": "all", "curves": {"P": [{"stages": {"gather": {"seconds": 1.0}, "fit": {"seconds": 2.0}}}]}}
-    new = again(old, "gather", {"P": [{"stages": {"gather": {"seconds": 3.0}}}]})
-    assert new["curves"]["P"] == [{"stages": {"gather": {"seconds": 3.0}, "fit": {"seconds": 2.0}}}]
-    assert new["command"] == "all" and new["again"]["gather"]["command"] == "python -m benchmarks.scale --only gather"
+def test_stages_anew_leave_the_others_as_they_stand():
+    def points(**seconds):
+        return {"P": [{"stages": {stage: {"seconds": value} for stage, value in seconds.items()}}]}
+
+    old = {"date": "2026-11-26", "command": "all", "curves": points(gather=1.0, fit=2.0, step=3.0)}
+    new = again(old, ["fit", "step"], points(gather=4.0, fit=5.0, step=6.0))
+    assert new["curves"] == points(gather=1.0, fit=5.0, step=6.0)
+    assert new["command"] == "all" and {facts["command"] for facts in new["again"].values()} == {
+        "python -m benchmarks.scale --only fit step"
+    }
 
 
 @pytest.mark.slow

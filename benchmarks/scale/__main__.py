@@ -2,14 +2,14 @@
 
     python -m benchmarks.scale                     # P to 10^8 and 1,000 tasks, each stage in 6 GiB
     python -m benchmarks.scale --quick -o FOLDER   # two small sizes of each
-    python -m benchmarks.scale --only gather       # this stage anew, the others as they stand in the results
+    python -m benchmarks.scale --only fit step     # these stages anew, the others as they stand in the results
 
 Random snapshots in bf16 of real layouts, made from configurations on the meta device. Each stage runs in a process of its own on one
-thread. Its time is the least of several turns, its peak that of the resident set, files that are mapped among it, beyond what the process
-had at first:
+thread. Its time is the least of several turns, each in fresh memory, its peak that of the resident set, files that are mapped among it,
+beyond what the process had at first:
 
 - gather: the work folder of `collect` becomes a collection, and is saved, to the disk itself
-- fit: the collection is opened, statistics and subspace are estimated
+- fit: the collection is opened, statistics and subspace are estimated, in 8 bits
 - step: one step of training, at the default batch of 36 snapshots
 - load: `from_pretrained` of a generator in bf16, its hash checked
 - decode: `generate_state_dict`
@@ -17,7 +17,7 @@ had at first:
 - save: `save_adapter`, to the disk itself
 
 The slope of a curve is that of a line through its three largest sizes, both axes logarithmic; above 1.1 it is a defect. What takes more
-than 6 GiB or 4 minutes is left out, and said. Files come from the system's cache; the limit beside the curves is what the disk takes to
+than 6 GiB or 10 minutes is left out, and said. Files come from the system's cache; the limit beside the curves is what the disk takes to
 give a collection or a generator the first time. Writes scale.json, scale.md and scale.png.
 """
 
@@ -109,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="two small sizes of each")
-    parser.add_argument("--only", choices=[stage for stage in STAGES if stage not in NEEDS], help="measure this stage alone")
+    parser.add_argument("--only", nargs="+", choices=list(STAGES), default=list(STAGES), help="measure these stages alone")
     args = parser.parse_args()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
@@ -122,10 +122,11 @@ def main() -> None:
             "P": [Case(*layout, FEWEST, SNAPSHOTS["P"], root / f"P{index}") for index, layout in enumerate(layouts)],
             "tasks": [Case(*(LAYOUTS[0] if args.quick else WIDTH), count, SNAPSHOTS["tasks"], root / f"T{count}") for count in tasks],
         }
-        stages = [args.only] if args.only else list(STAGES)
+        wanted = {*args.only, *(NEEDS[stage] for stage in args.only if stage in NEEDS)}
+        stages = [stage for stage in STAGES if stage in wanted]
         with tqdm(total=len(stages) * (len(layouts) + len(tasks))) as bar:
             curves = {along: curve(those, along, bar, stages) for along, those in cases.items()}
-        if args.only:
+        if len(args.only) < len(STAGES):
             return write(again(json.loads((args.output / "scale.json").read_text()), args.only, curves), args.output)
         speed = read_speed(root / "read", 2**26 if args.quick else GIB)
         small = cases["P"][0]
@@ -137,12 +138,13 @@ def main() -> None:
     write(result, args.output)
 
 
-def again(result: dict[str, Any], stage: str, curves: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """An older result with one stage of a new one."""
+def again(result: dict[str, Any], stages: list[str], curves: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """An older result with some stages of a new one."""
     for along, points in curves.items():
         for old, new in zip(result["curves"][along], points, strict=True):
-            old["stages"][stage] = new["stages"][stage]
-    return {**result, "again": {**result.get("again", {}), stage: facts(f"python -m benchmarks.scale --only {stage}")}}
+            old["stages"] |= {stage: new["stages"][stage] for stage in stages}
+    now = facts(f"python -m benchmarks.scale --only {' '.join(stages)}")
+    return {**result, "again": {**result.get("again", {}), **dict.fromkeys(stages, now)}}
 
 
 def write(result: dict[str, Any], folder: Path) -> None:

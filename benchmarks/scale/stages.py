@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -45,7 +46,7 @@ BASES: dict[str, Callable[[], Any]] = {  # on the meta device
     "Llama-3-8B": lambda: meta_base(LLAMA),
 }
 CONDITIONS, DIM = 8, 384  # task vectors of a task, and numbers of each
-MEMORY, SECONDS = 6 * GIB, 240  # of a stage; with more it is ended
+MEMORY, SECONDS = 6 * GIB, 600  # of a stage, beyond what the process has at first; with more it is ended
 TURNS, ENOUGH, LONG = 10, 1.0, 10.0  # at most; seconds after which there is no other; after which there is no second, as the first warms up
 STEPS = 4
 
@@ -124,7 +125,7 @@ def trainer(case: Case) -> ICMTrainer:
     collection = AdapterCollection.from_pretrained(case.folder / "collection")
     quiet: dict[str, Any] = {"report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
     args = ICMTrainingArguments(str(case.folder / "out"), max_steps=STEPS, held_out=0.0, phrasings=0, use_cpu=True, seed=0, **quiet)
-    return ICMTrainer(ICMConfig(), args, collection=collection)
+    return ICMTrainer(ICMConfig(basis_dtype="int8"), args, collection=collection)
 
 
 def loaded(case: Case) -> ICMGenerator:
@@ -231,11 +232,13 @@ def memory(field: str) -> int:
 
 def run(stage: str, case: Case, answer: Any) -> None:
     """In a process of its own: seconds and bytes of a stage, or why there are none."""
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    limit = memory("VmData") + MEMORY
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     before, seconds, peak = memory("VmRSS"), [], 0
     try:
         for action in itertools.islice(STAGES[stage](case), TURNS):
             gc.collect()  # what the turn before left in cycles, such as a trainer
+            ctypes.CDLL(None).malloc_trim(0)  # its memory goes back: malloc keeps that of small sizes alone, and fresh memory takes time
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
             start = time.perf_counter()
             own = action()

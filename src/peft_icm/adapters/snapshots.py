@@ -135,8 +135,8 @@ class SnapshotMatrix:
         width (`int`): P.
         max_memory_bytes (`int`, defaults to 2 GiB): Of a block with what is computed from it. One row, or one column, is read
             however little that is.
-        mean (`Tensor`, *optional*): `[P]`, taken from each row.
-        std (`Tensor`, *optional*): `[P]`, by which that is divided.
+        units (`tuple`, *optional*): Of the layout's tensors in turn their sizes (`list[int]`), the mean that is taken from each number
+            of one (`Tensor`, `[num_tensors]`), and the deviation by which that is divided.
         progress (`bool`, defaults to `False`): Show a progress bar for passes that take more than some seconds.
 
     Example:
@@ -152,8 +152,7 @@ class SnapshotMatrix:
     parts: list[TaskSnapshots]
     width: int
     max_memory_bytes: int = MAX_MEMORY_BYTES
-    mean: Tensor | None = field(default=None, repr=False)
-    std: Tensor | None = field(default=None, repr=False)
+    units: tuple[list[int], Tensor, Tensor] | None = field(default=None, repr=False)
     progress: bool = False
 
     @classmethod
@@ -166,9 +165,9 @@ class SnapshotMatrix:
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
 
-    def normalized(self, mean: Tensor, std: Tensor) -> SnapshotMatrix:
-        """The same rows in other units: `(row - mean) / std`, `[P]` each."""
-        return replace(self, mean=mean.cpu(), std=std.cpu())
+    def normalized(self, sizes: list[int], mean: Tensor, std: Tensor) -> SnapshotMatrix:
+        """The same rows in other units: `(row - mean) / std`, with a mean and deviation for each tensor of these sizes."""
+        return replace(self, units=(sizes, mean.cpu(), std.cpu()))
 
     def rows(self, about: str = "rows") -> Iterator[tuple[slice, Tensor]]:
         """One pass in the order of the rows.
@@ -190,7 +189,7 @@ class SnapshotMatrix:
                     block[filled : filled + len(taken)] = taken
                     done, filled = done + len(taken), filled + len(taken)
                     if filled == len(block) or start + filled == count:
-                        yield slice(start, start + filled), self._normalize(block[:filled], slice(None))
+                        yield slice(start, start + filled), self._normalize(block[:filled], 0)
                         bar.update(filled)
                         start, filled = start + filled, 0
 
@@ -201,17 +200,18 @@ class SnapshotMatrix:
             about (`str`): What is done, for the progress bar.
 
         Yields:
-            `tuple[slice, Tensor]`: Which columns, and `[N, n]` of them: the caller's.
+            `tuple[slice, Tensor]`: Which columns, and `[N, n]` of them: the caller's until the next block.
         """
-        step = max(1, self.max_memory_bytes // (_BYTES * len(self)))
+        step = min(self.width, max(1, self.max_memory_bytes // (_BYTES * len(self))))
+        memory = torch.empty(len(self) * step)  # of all blocks: fresh memory for each takes time
         with self._bar(self.width, about) as bar:
             for start in range(0, self.width, step):
                 stop = min(start + step, self.width)
-                block, filled = torch.empty(len(self), stop - start), 0
+                block, filled = memory[: len(self) * (stop - start)].view(len(self), -1), 0
                 for part in self.parts:
                     block[filled : filled + len(part)] = part.columns(start, stop)
                     filled += len(part)
-                yield slice(start, stop), self._normalize(block, slice(start, stop))
+                yield slice(start, stop), self._normalize(block, start)
                 bar.update(stop - start)
 
     def average(self) -> Tensor:
@@ -221,10 +221,13 @@ class SnapshotMatrix:
             total += block.sum(0)
         return (total / len(self)).float()
 
-    def _normalize(self, block: Tensor, columns: slice) -> Tensor:
-        if self.mean is None or self.std is None:
-            return block
-        return block.sub_(self.mean[columns]).div_(self.std[columns])
+    def _normalize(self, block: Tensor, first: int) -> Tensor:
+        """In place, of a block whose columns begin there: tensor by tensor, for two vectors `[P]` of means and deviations are too large."""
+        stop = -first
+        for size, mean, std in zip(*self.units or ((), (), ()), strict=True):
+            start, stop = stop, stop + size
+            block[:, max(start, 0) : max(stop, 0)].sub_(mean).div_(std)
+        return block
 
     def _bar(self, total: int, about: str) -> Any:
         return tqdm(total=total, desc=about, leave=False, delay=_DELAY, disable=not self.progress)

@@ -62,8 +62,9 @@ class ICMConfig(PreTrainedConfig):
         num_components (`int`, *optional*): `"principal"`: dimensions of the principal subspace. By default as many as make
             2^20 numbers, at least 9 and at most 96, and no more than two for each task: the tasks and their trajectories span few.
             `"direct"`: rows of the linear map, by default 64.
-        basis_dtype (`str`, *optional*): `"int8"`: the linear map of `"principal"` or `"direct"` is kept in 8 bits with a scale a row, and
-            the generator generates but does not train. Written by `save_pretrained(..., dtype="int8")`.
+        basis_dtype (`str`, *optional*): `"int8"`: the linear map of `"principal"` or `"direct"` is kept in 8 bits with a scale a row. The
+            map of `"principal"` is estimated (in bf16) and not trained, that of `"direct"` cannot be trained so. Written by
+            `save_pretrained(..., dtype="int8")`.
         num_conv_layers (`int`, defaults to 12): `"paper"` only: convolutional layers of encoder and decoder, at most 64; those past
             the twelfth have stride 1 (Table 5).
         kl_weight (`float`, defaults to 0.005): Weight of the KL term, in nats (section 4.1).

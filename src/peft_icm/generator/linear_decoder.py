@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +24,27 @@ class LinearDecoder(nn.Module):
     basis: nn.Parameter
     row_scale: Tensor
 
-    def start(self, config: ICMConfig, basis: Tensor, trained: bool) -> None:
-        """Make the parameters of a new decoder; what is trained or estimated is never of 8 bits.
+    def start(self, config: ICMConfig, deviation: float, trained: bool) -> None:
+        """Make the parameters of a new decoder.
 
         Args:
             config ([`ICMConfig`]): Of the generator.
-            basis (`Tensor`): `[R, P]`, its first values.
-            trained (`bool`): Whether they take gradients.
+            deviation (`float`): Of U, which begins as noise.
+            trained (`bool`): Whether they take gradients; in 8 bits U does not.
         """
-        self.center = nn.Parameter(torch.zeros(basis.shape[1]), requires_grad=trained)
-        if config.basis_dtype == "int8":
-            codes, scale = to_int8(basis)
-            self.basis = nn.Parameter(codes, requires_grad=False)
-            self.register_buffer("row_scale", scale)
-        else:
-            self.basis = nn.Parameter(basis, requires_grad=trained)
+        eight_bits = config.basis_dtype == "int8"
+        shape = (config.num_components or 0, config.adapter_layout.numel)
+        basis = torch.randn(shape, dtype=torch.bfloat16 if eight_bits else None).mul_(deviation)
+        self.center = nn.Parameter(torch.zeros(shape[1]), requires_grad=trained)
+        self.basis = nn.Parameter(basis, requires_grad=trained and not eight_bits)
+        if eight_bits:
+            self.quantize()
+
+    def quantize(self) -> None:
+        """Turn U, in floating point, to 8 bits."""
+        codes, scale = to_int8(self.basis)
+        self.basis = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("row_scale", scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearDecoder:
         """The scales stay in fp32 whatever the rest is cast to: fp16 has too few digits for those of a large adapter."""
@@ -52,6 +58,16 @@ class LinearDecoder(nn.Module):
     def rows(self) -> Tensor:
         """U in floating point, `[R, P]`: the parameter itself, or of 8 bits an fp32 copy, four times its size."""
         return self.basis if self.basis.is_floating_point() else self.basis * self.row_scale.float()[:, None]
+
+    def columns(self) -> Iterator[tuple[slice, Tensor]]:
+        """The columns of U and which they are: all, or of 8 bits some at a time, in fp32."""
+        if self.basis.is_floating_point():
+            yield slice(None), self.basis
+            return
+        step = max(1, BLOCK // len(self.basis))
+        for first in range(0, self.basis.shape[1], step):
+            part = slice(first, first + step)
+            yield part, self.basis[:, part] * self.row_scale[:, None]
 
     def combine(self, coordinates: Tensor) -> Tensor:
         """`[B, R]` -> normalised `[B, P]`, differentiable."""

@@ -237,7 +237,7 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
             tasks (`Tensor`, *optional*): `[M]` index of the task of each, in the order of `config.tasks`; needed by a condition space.
 
         Raises:
-            `ValueError`: If there is a condition space and `tasks` is missing, or lacks a task, or the generator is of 8 bits.
+            `ValueError`: If there is a condition space and `tasks` is missing, or lacks a task, or a `"direct"` generator is of 8 bits.
         """
         self._check_trainable()
         if self.space is not None:
@@ -250,7 +250,7 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
 
     def normalized(self, parameters: Tensor | SnapshotMatrix) -> SnapshotMatrix:
         """Snapshots `[N, P]` in pooled, normalised units, block by block."""
-        return SnapshotMatrix.of(parameters).normalized(*self.statistics.spread())
+        return SnapshotMatrix.of(parameters).normalized(self.layout.sizes, self.statistics.mean, self.statistics.std)
 
     @torch.no_grad()
     def project(self, parameters: Tensor | SnapshotMatrix) -> Tensor:
@@ -261,9 +261,6 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
 
         Returns:
             `Tensor`: `[N, r + 1]` fp32 on the CPU: r coordinates, one for each component in use, and the mean square of the rest.
-
-        Raises:
-            `ValueError`: If the generator is of 8 bits.
 
         Example:
 
@@ -279,7 +276,6 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
 
         ```
         """
-        self._check_trainable()
         blocks, used = self.normalized(parameters).rows("coordinates"), self.network.used
         return torch.cat([self.network.project(block.to(self.device), used).cpu() for _, block in blocks])
 
@@ -328,18 +324,18 @@ class ICMGenerator(AdaptingMixin, ServingMixin, SavedModel):
         return draw_noise(len(rows), self.config.latent_size, generator, self.device) * temperature, rows
 
     def train(self, mode: bool = True) -> ICMGenerator:
-        """As in torch; a generator of 8 bits stays in eval mode.
+        """As in torch; a `"direct"` generator of 8 bits stays in eval mode.
 
         Raises:
-            `ValueError`: If `mode` is `True` and `config.basis_dtype` is `"int8"`.
+            `ValueError`: If `mode` is `True`, `config.basis_dtype` is `"int8"` and the generator a `"direct"` one.
         """
         if mode:
             self._check_trainable()
         return super().train(mode)
 
     def _check_trainable(self) -> None:
-        if self.config.basis_dtype is not None:
-            raise ValueError(f"basis_dtype={self.config.basis_dtype!r}: generators of 8 bits do not train, take the one it was saved from.")
+        if self.config.basis_dtype is not None and self.config.architecture == "direct":
+            raise ValueError("basis_dtype='int8': the map of 'direct' does not train in 8 bits, take the generator it was saved from.")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ICMGenerator:
         super()._apply(fn, recurse)

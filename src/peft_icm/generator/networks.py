@@ -97,8 +97,8 @@ class PrincipalNetwork(LinearDecoder):
 
     def __init__(self, config: ICMConfig):
         super().__init__()
-        size, rank, hidden = config.adapter_layout.numel, config.num_components or 0, config.hidden_size
-        self.start(config, torch.randn(rank, size) / size**0.5, trained=False)
+        rank, hidden = config.num_components or 0, config.hidden_size
+        self.start(config, config.adapter_layout.numel**-0.5, trained=False)
         self.scale = nn.Parameter(torch.ones(rank), requires_grad=False)
         self.condition = nn.Linear(config.projected_dim, hidden // 2)
         self.encoder = ResidualMLP(rank + hidden // 2, hidden, 2 * config.latent_size)
@@ -106,16 +106,23 @@ class PrincipalNetwork(LinearDecoder):
 
     @torch.no_grad()
     def fit(self, parameters: Tensor | SnapshotMatrix) -> None:
-        """PCA of normalised snapshots `[N, P]` ([`principal_components`]); components past N - 1 stay zero."""
-        rows = SnapshotMatrix.of(parameters)
+        """PCA of normalised snapshots `[N, P]` ([`principal_components`]); components past N - 1 stay zero.
+
+        A basis of 8 bits is estimated in bf16, in the place of its codes: the scale of a row is that of all its columns.
+        """
+        rows, eight_bits = SnapshotMatrix.of(parameters), not self.basis.is_floating_point()
+        if eight_bits:
+            self.basis = nn.Parameter(torch.empty_like(self.basis, dtype=torch.bfloat16), requires_grad=False)
         singular = principal_components(rows, self.center, self.basis)
+        if eight_bits:
+            self.quantize()
         self.scale.fill_(1.0)
         self.scale[: len(singular)] = (singular / len(rows) ** 0.5).to(self.scale.dtype)
 
     @property
     def used(self) -> int:
         """r, the components that are in use: they stand first, the others are zero."""
-        return int((torch.linalg.vector_norm(self.basis, torch.inf, dim=1) > 0).sum())
+        return int(self.basis.any(1).sum())
 
     @torch.no_grad()
     def project(self, parameters: Tensor, used: int) -> Tensor:
@@ -129,11 +136,12 @@ class PrincipalNetwork(LinearDecoder):
             `Tensor`: `[N, r + 1]` fp32: in each of the r components in use the coordinate a; the mean square of the rest, which is
             orthogonal to them.
         """
-        basis, scale = (part[:used].to(parameters.dtype) for part in (self.basis, self.scale))
         parameters.sub_(self.center)
-        coordinates = parameters @ basis.T
-        rest = torch.addmm(parameters, coordinates, basis, alpha=-1, out=parameters).square_().mean(1)
-        return torch.cat([coordinates / scale, rest[:, None]], dim=1)
+        coordinates: Any = sum(parameters[:, part] @ basis[:used].to(parameters.dtype).T for part, basis in self.columns())
+        for part, basis in self.columns():
+            parameters[:, part].addmm_(coordinates, basis[:used].to(parameters.dtype), alpha=-1)
+        rest = parameters.square_().mean(1)
+        return torch.cat([coordinates / self.scale[:used].to(parameters.dtype), rest[:, None]], dim=1)
 
     def encode(self, parameters: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior of z (Eq. 3): `[B, P]`, `[B, d]` -> mean and log-variance, `[B, k]` each."""
@@ -189,9 +197,9 @@ class DirectNetwork(LinearDecoder):
 
     def __init__(self, config: ICMConfig):
         super().__init__()
-        size, rank, hidden = config.adapter_layout.numel, config.num_components or 0, config.hidden_size
+        rank, hidden = config.num_components or 0, config.hidden_size
         inputs = config.latent_size + config.projected_dim
-        self.start(config, torch.randn(rank, size) * self.STARTING_DEVIATION, trained=True)
+        self.start(config, self.STARTING_DEVIATION, trained=True)
         self.encoder = ResidualMLP(rank + config.projected_dim, rank, 2 * config.latent_size)
         self.register_buffer("spread", torch.zeros(rank, rank))
         self.register_buffer("prior_strength", torch.tensor(300.0))

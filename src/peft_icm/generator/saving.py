@@ -110,8 +110,8 @@ class SavedModel(AdapterMixin, PreTrainedModel):
             save_directory (`str` or `Path`): The folder.
             is_main_process (`bool`, defaults to `True`): Whether this process writes.
             dtype (`str` or `torch.dtype`, *optional*): Of what is written: `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"` for the
-                linear map of `"principal"` and `"direct"`, nearly all of a large generator, with a scale a row: it loads as that, and
-                generates but does not train. By default the dtype that the generator has. Statistics and readers stay in fp32.
+                linear map of `"principal"` and `"direct"`, nearly all of a large generator, with a scale a row: it loads as that, and a
+                `"direct"` one does not train. By default the dtype that the generator has. Statistics and readers stay in fp32.
             with_base_model (`bool`, defaults to `False`): Copy a base model that is a local folder into `base_model/`.
             safe_serialization (`bool`, defaults to `True`): There for those who pass it; there is no other way.
             push_to_hub (`bool`, defaults to `False`): Push it afterwards, as `repo_id` or the name of the folder.

@@ -41,8 +41,9 @@ def principal_components(rows: SnapshotMatrix, center: Tensor, basis: Tensor) ->
         centered = block.to(dtype)
         mean = centered.mean(0)
         centered -= mean
-        center[columns] = mean.to(center.dtype)
-        basis[:rank, columns] = (weights @ centered).to(basis.dtype)
+        center[columns] = mean
+        basis[:rank, columns] = weights @ centered
+        del centered  # before the next one is made
     if dtype == torch.float32:
         _orthonormalize(basis[:rank])
     return singular
@@ -55,6 +56,7 @@ def _of_gram(rows: SnapshotMatrix, rank: int) -> tuple[Tensor, Tensor]:
         centered = block.double()
         centered -= centered.mean(0)
         gram.addmm_(centered, centered.T)
+        del centered  # before the next one is made
     squares, vectors = torch.linalg.eigh(gram)
     return squares.flip(0)[:rank], vectors.flip(1)[:, :rank]
 
