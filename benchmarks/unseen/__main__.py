@@ -2,7 +2,7 @@
 
     python -m benchmarks.unseen --build build conditions     # seen and unseen classes x text, 1, 4, 8 pictures, text and 8 pictures
     python -m benchmarks.unseen --build build rivals         # one LoRA for all, nearest class, soup, wrong and random conditions
-    python -m benchmarks.unseen --build build own            # LoRAs of their own from 64 and 1,000 annotated scenes
+    python -m benchmarks.unseen --build build own            # LoRAs of their own from 16, 64 and 1,000 annotated scenes
     python -m benchmarks.unseen --build build adapt          # 4, 16, 64 scenes: adapt, and what else can be done with them
     python -m benchmarks.unseen --build build latent         # what z does
 
@@ -42,7 +42,7 @@ SHOWN = 40  # test scenes of a class at the most, and as many without it
 FEW, STEPS = (4, 16, 64), 120  # scenes; steps of what `adapt` is compared with
 RIVAL_RATES = {"LoRA from scratch": (3e-3, 1e-2), "start tuned freely": (1e-3, 3e-3), "condition alone": (1e-2, 3e-2)}  # all reported
 POOL = 20  # seen classes whose adapters LoraHub mixes
-OWN, OWN_RATES = ((64, 120), (64, 400), (1000, 400)), (3e-3, 1e-2)  # scenes and steps of a LoRA of its own
+OWN, OWN_RATES = ((16, 120), (64, 120), (64, 400), (1000, 400)), (3e-3, 1e-2)  # scenes and steps of a LoRA of its own
 
 
 class World:
