@@ -42,7 +42,7 @@ def test_one_example_of_the_last_task(work, through, tmp_path, capsys):
     last = {"name": "sums", "descriptions": ["add numbers"], "train": "one.jsonl", "test": None}
     (tmp_path / "tasks.json").write_text(json.dumps({"tasks": [first, last]}))
     assert run("adapt", through, "--tasks", tmp_path, "-o", tmp_path / "out", "--block-size", 32, "--steps", 1) == 2
-    assert f"Task 'sums' of {tmp_path} has one example: give two at least" in capsys.readouterr().err
+    assert f"Task 'sums' of {tmp_path} gives one example (of text, one block): give two at least" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from peft_icm import ICMGenerator, bundled_generator
 from peft_icm.cli import main
+from peft_icm.cli_verbs import GENERATOR, check_folder
 
 TASK = ["train", "--objective", "task", "--tasks", "TASKS", "-o", "OUT", "--base-model"]
 
@@ -246,6 +248,11 @@ class TestErrors:
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith("peft-icm: error: The disk is full (") and f"make room for {tmp_path / 'a'} and in " in line
 
+    @pytest.mark.parametrize("words", [os.strerror(errno.ENOSPC), os.strerror(errno.ENOMEM)])
+    def test_words_of_a_request_are_no_fault_of_the_machine(self, tmp_path, capsys, words):
+        assert run("generate", "bundled:text", words, "-o", tmp_path / "a", "--on-unknown", "raise") == 2
+        assert "is none of this generator's tasks" in capsys.readouterr().err
+
     @pytest.mark.parametrize("size", [2**62, 2**55])
     def test_too_little_memory(self, tmp_path, capsys, monkeypatch, size):
         def fail(*_, **__):
@@ -292,3 +299,22 @@ class TestErrors:
         finally:
             signal.signal(signal.SIGINT, handlers[1])
         assert signal.getsignal(signal.SIGTERM) == handlers[0]
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_mount(), reason="no other disk")
+class TestOutputFolder:
+    def test_the_folder_one_stands_in_and_a_link_to_another_disk(self, tmp_path, monkeypatch):
+        (tmp_path / "empty").mkdir()
+        monkeypatch.chdir(tmp_path / "empty")
+        check_folder(".", GENERATOR)
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            (tmp_path / "link").symlink_to(folder)
+            check_folder(str(tmp_path / "link"), GENERATOR)
+
+    def test_a_mount_point_is_written_into_and_not_replaced(self, tmp_path):
+        (tmp_path / "link").symlink_to("/dev/shm")
+        with tempfile.NamedTemporaryFile(dir="/dev/shm") as mark:
+            for output in ("/dev/shm", str(tmp_path / "link")):
+                with pytest.raises(ValueError, match=f"--output {output} is a mount point"):
+                    check_folder(output, Path(mark.name).name)
+                check_folder(output, Path(mark.name).name, replaced=False)

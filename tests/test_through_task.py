@@ -368,7 +368,7 @@ class TestAdapting:
         other = {"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, 2])} | (
             {} if name == "detection" else {"pixel_values": torch.ones(3, 8, 8)}
         )
-        with pytest.raises(ValueError, match=r"labelled= has examples of input_ids, labels.*: make them with its own processor"):
+        with pytest.raises(ValueError, match=r"labelled\[0\] has input_ids, labels.*: make it with its own processor"):
             generator.adapt(labelled=[other, other], **given)
         with pytest.raises(ValueError, match=r"prior_weight=-1 must not be negative"):
             generator.adapt(labelled=rows * 2, prior_weight=-1, **given)

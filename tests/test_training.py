@@ -290,7 +290,7 @@ def test_a_disk_that_is_full_for_the_optimizer(tmp_path):
     trainer = ICMTrainer(config(), arguments(tmp_path, save_strategy="steps", save_steps=1), collection=tiny_collection())
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "optimizer.pt").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"The checkpoint of step 1 cannot be written into .*: if its disk is full make room, and resume"):
+    with pytest.raises(OSError, match=r"The checkpoint of step 1 cannot be written into .*: if its disk is full make room, delete it"):
         trainer.train()
 
 

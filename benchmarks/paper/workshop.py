@@ -60,8 +60,8 @@ def joint_task(tasks: Sequence[Any]) -> Task:
     """All tasks of a family as one, named `"all"`."""
     if isinstance(tasks[0], DetectionTask):
         labels = frozenset(task.label for task in tasks)
-        return JointDetectionTask("all", [], tasks[0].label, tasks[0].train_images, [], labels=labels)
-    return LanguageModelingTask("all", [], [text for task in tasks for text in task.train_texts], [])
+        return JointDetectionTask("all", ["all tasks"], tasks[0].label, tasks[0].train_images, [], labels=labels)
+    return LanguageModelingTask("all", ["all tasks"], [text for task in tasks for text in task.train_texts], [])
 
 
 class Workshop:

@@ -230,15 +230,23 @@ def memory(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def give_back() -> None:
+    """To the system what is no longer held, cycles such as a trainer among it: malloc keeps that of small sizes alone, and fresh memory
+    takes time.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def run(stage: str, case: Case, answer: Any) -> None:
     """In a process of its own: seconds and bytes of a stage, or why there are none."""
+    give_back()
     limit = memory("VmData") + MEMORY
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     before, seconds, peak = memory("VmRSS"), [], 0
     try:
         for action in itertools.islice(STAGES[stage](case), TURNS):
-            gc.collect()  # what the turn before left in cycles, such as a trainer
-            ctypes.CDLL(None).malloc_trim(0)  # its memory goes back: malloc keeps that of small sizes alone, and fresh memory takes time
+            give_back()
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
             start = time.perf_counter()
             own = action()

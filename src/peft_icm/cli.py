@@ -119,6 +119,18 @@ def _errors_of_users() -> tuple[type[Exception], ...]:
     return (*known, torch.OutOfMemoryError) if torch else known
 
 
+def _is(error: BaseException | None, *numbers: int) -> bool:
+    """Whether an error, or what it was raised from, is one of the system's; torch and safetensors tell those in its words alone."""
+    from safetensors import SafetensorError
+
+    while error is not None:
+        said = str(error) if isinstance(error, (RuntimeError, SafetensorError)) else ""
+        if getattr(error, "errno", None) in numbers or any(os.strerror(number) in said for number in numbers):
+            return True
+        error = error.__cause__
+    return False
+
+
 def _tell(line: str) -> None:
     """A line on stderr, the last and on its own: what was stopped left its progress bars open there."""
     from tqdm import tqdm
@@ -153,12 +165,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 143 if isinstance(stop, _Terminated) else 130
     except Exception as error:
         said = " ".join(str(error).split())
-        memory = isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in said  # torch has no error of its own for the CPU's
+        memory = isinstance(error, MemoryError) or _is(error, errno.ENOMEM)
         if args.debug or not (memory or isinstance(error, _errors_of_users())):
             raise
         if memory:
             said = f"There is too little memory ({said or 'MemoryError'}): take smaller batches, a smaller model or another machine."
-        elif any(os.strerror(number) in said for number in (errno.ENOSPC, errno.EDQUOT)):  # of Python, and in its words of safetensors
+        elif _is(error, errno.ENOSPC, errno.EDQUOT):
             output = f"for {args.output} and " if getattr(args, "output", None) else ""
             said = f"The disk is full ({said}): make room {output}in {gettempdir()}, and run it again; what was finished is kept."
         _tell(f"error: {said}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cli_verbs
-from .cli_options import chosen
+from .cli_options import chosen, seed
 from .disk import replacing_folder
 from .remote import is_url
 
@@ -41,7 +41,7 @@ def tasks_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("-o", "--output", "--output-dir", required=True, help="folder of the tasks")
     _description_option(p)
     p.add_argument("--test-share", type=float, default=0.2, help="share that is held out of what has no test split")
-    p.add_argument("--seed", type=int, default=0, help="of the draw of what is held out")
+    p.add_argument("--seed", type=seed, default=0, help="of the draw of what is held out")
 
 
 def _description_option(p: argparse.ArgumentParser) -> None:

@@ -52,7 +52,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 def adapt(args: argparse.Namespace) -> dict[str, Any]:
     """Few labelled examples and a generator become an adapter for each task."""
-    cli_verbs.check_folder(args.output, ADAPTERS)
+    cli_verbs.check_folder(args.output, ADAPTERS, replaced=False)
     with cli_verbs.importing():
         from .adapters.base import opening_base
         from .adapters.saving import save_adapter
@@ -76,7 +76,8 @@ def adapt(args: argparse.Namespace) -> dict[str, Any]:
         examples[task.name] = numbered_examples(task, processor, **example_options(args, detection))
         if len(examples[task.name]) < 2:
             raise ValueError(
-                f"Task {task.name!r} of {args.tasks} has one example: give two at least, to learn from one and tell by the other."
+                f"Task {task.name!r} of {args.tasks} gives one example (of text, one block): give two at least, to learn from one and"
+                " tell by the other."
             )
     folders = {}
     for task in tasks:

@@ -74,33 +74,36 @@ def load_encoder(name: str, token: str | None) -> TaskEncoder:
     return ENCODERS[kind].from_pretrained(checkpoint, token=token)
 
 
-def check_folder(output: str, mark: str) -> None:
-    """Refuse before the work what could not be written after it: `output` is new, empty, or an older folder of the same kind."""
+def check_folder(output: str, mark: str, replaced: bool = True) -> None:
+    """Refuse before the work what could not be written after it: `output` is new, empty, or an older folder of the same kind, which is
+    replaced in one step or written into.
+    """
     if is_url(output):
         raise ValueError(f"--output {output} is a URL, and only collect writes to one: choose a folder.")
     folder = Path(output)
     if folder.is_dir():
         if any(folder.iterdir()) and not (folder / mark).is_file():
             raise ValueError(f"--output {output} holds files of something else (no {mark}): choose a new or an empty folder.")
-        if folder.is_mount():
+        if replaced and folder.resolve().is_mount():
             raise ValueError(f"--output {output} is a mount point, which cannot be replaced in one step: choose a folder in it.")
     elif os.path.lexists(folder):
         raise ValueError(f"--output {output} is no folder: choose a new or an empty folder.")
-    _check_writable(folder)
+    _check_writable(folder, replaced)
 
 
-def _check_writable(path: Path) -> None:
-    """What is there, and the folder that it lies in: what is new is written beside it and swapped in."""
-    beside = next(parent for parent in path.absolute().parents if parent.exists())
-    for there in (beside, path) if path.exists() else (beside,):
-        if not (there.is_dir() or there == path) or not os.access(there, os.W_OK):
+def _check_writable(path: Path, replaced: bool = True) -> None:
+    """What is there, and the folder that it lies in: what is new is written beside it and swapped in, unless it is written into."""
+    target = path.resolve()
+    beside = next(parent for parent in target.parents if parent.exists())
+    for there in [target] * target.exists() + [beside] * (replaced or not target.exists()):
+        if not (there.is_dir() or there == target) or not os.access(there, os.W_OK):
             raise OSError(f"--output {path} cannot be written: {there} is no folder that you may write to.")
 
 
 # ---------------------------------------------------------------------- verbs
 def demo(args: argparse.Namespace) -> dict[str, Any]:
     """Bundled generator, bundled text or pictures: a sentence becomes an adapter."""
-    check_folder(args.output, "adapter/adapter_config.json")
+    check_folder(args.output, "adapter/adapter_config.json", replaced=False)
     with importing():
         from .demo.run import run_demo
 
@@ -279,6 +282,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     launching = LaunchArguments(**chosen(args, LaunchArguments))
     from transformers import AutoProcessor
 
+    from .adapters.base import opening_base
     from .adapters.collection import AdapterCollection
     from .disk import replacing_file
     from .evaluation.detection import DetectionEvaluation, evaluate_detection
@@ -292,7 +296,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     collection = AdapterCollection.from_pretrained(args.collection, token=args.token)
     tasks: Any = load_tasks(args.tasks)
     check_layout(generator, collection)
-    processor = AutoProcessor.from_pretrained(generator.load_base().name_or_path, token=args.token)
+    name = str(generator.load_base().name_or_path)
+    with opening_base(name):
+        processor = AutoProcessor.from_pretrained(name, token=args.token)
     own = {task: collection.final(task) for task in collection.tasks}
     options = {"batch_size": args.batch_size, "launching": launching}
     seeds = {"seeds": args.seeds} if args.seeds else {}

@@ -21,7 +21,7 @@ from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoProcessor, PreTrainedModel
 
-from ..adapters.base import load_base, share_tensors
+from ..adapters.base import load_base, opening_base, share_tensors
 from ..adapters.saving import CONFIG, push_adapter, save_adapter
 from ..bundled import BUNDLES
 from ..generator.modeling_icm import ICMGenerator
@@ -136,7 +136,8 @@ class Service:
         self.detects = self.base.config.model_type == "florence2"
         if not self.detects and (self.base.config.is_encoder_decoder or not self.base.can_generate()):
             raise ValueError(f"The base is a {type(self.base).__name__}: the page shows causal language models and Florence-2.")
-        self.processor: Any = AutoProcessor.from_pretrained(self.base.name_or_path, token=token)
+        with opening_base(str(self.base.name_or_path)):
+            self.processor: Any = AutoProcessor.from_pretrained(self.base.name_or_path, token=token)
         self._drawing = threading.Lock()  # from torch's global generator, which a continuation is seeded through
 
     @property

@@ -40,8 +40,8 @@ def work(
         `None`: After each task; what it learned lies in `args.output_dir`.
 
     Raises:
-        `ValueError`: If a LoRA holds a value that is not finite.
-        `OSError`: If `args.output_dir` is a URL that cannot be written to.
+        `ValueError`: If a LoRA holds a value that is not finite, or the base's files are corrupted.
+        `OSError`: If the base cannot be read, or `args.output_dir` is a URL that cannot be written to.
     """
     with opening_base(base_model):
         kind = base_class(AutoConfig.from_pretrained(base_model, trust_remote_code=False))

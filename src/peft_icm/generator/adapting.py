@@ -83,11 +83,12 @@ class AdaptingMixin(AdapterMixin):
 
         examples = [labelled[index] for index in range(len(labelled))]
         sees = "image" in base.input_modalities
-        if any(("pixel_values" in example) != sees for example in examples):
-            raise ValueError(
-                f"labelled= has examples of {', '.join(examples[0])}, and a {type(base).__name__} reads"
-                f" {'pictures' if sees else 'text alone'}: make them with its own processor."
-            )
+        for index, example in enumerate(examples):
+            if ("pixel_values" in example) != sees and not (sees and "images" not in self.encoder.accepts):
+                raise ValueError(
+                    f"labelled[{index}] has {', '.join(example)}, and a {type(base).__name__} reads"
+                    f" {'pictures' if sees else 'text alone'}: make it with its own processor."
+                )
         part = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)) % FOLDS
         folds = [
             Run(torch.nonzero(part != fold)[:, 0].tolist(), torch.nonzero(part == fold)[:, 0].tolist(), weight, batch=FOLD_BATCH)

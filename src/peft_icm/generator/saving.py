@@ -120,7 +120,7 @@ class SavedModel(AdapterMixin, PreTrainedModel):
 
         Raises:
             `OSError`: If `save_directory` is a file, or cannot be written.
-            `ValueError`: If `safe_serialization` is off, or `dtype` none of these.
+            `ValueError`: If `safe_serialization` is off, `dtype` is none of these, or a weight is not finite (in that dtype).
         """
         _check_safe(safe_serialization)
         dtype = self._check_dtype(dtype)

@@ -145,7 +145,8 @@ def hash_weights(files: Sequence[Path]) -> str:
                 tensor = file.get_tensor(name)
                 if not all_finite(tensor):
                     raise ValueError(
-                        f"{name} holds NaN or infinite values: such a generator is not saved. Train it at a lower learning rate."
+                        f"{name} holds NaN or infinite values: such a generator is not saved. Train it at a lower learning rate, or"
+                        " save it in bfloat16."
                     )
                 digests[name] = _digest(name, tensor)
     return _together(digests)

@@ -180,7 +180,8 @@ class ThroughTask:
             raise ValueError(f"Tasks need different names, held-out ones too, found {sorted(names)}.")
         self.base: Any = base_model if isinstance(base_model, torch.nn.Module) else _load(str(base_model))
         check_bare(self.base)
-        processor = processor or AutoProcessor.from_pretrained(self.base.name_or_path, trust_remote_code=False)
+        with opening_base(str(self.base.name_or_path)):
+            processor = processor or AutoProcessor.from_pretrained(self.base.name_or_path, trust_remote_code=False)
         examples = [numbered_examples(task, processor, **args.dataset_kwargs) for task in (*tasks, *eval_tasks)]
         conditions = task_conditions([*tasks, *eval_tasks], encoder, args.phrasings, args.seed)
         vectors, unseen = conditions[: len(self.tasks)], conditions[len(self.tasks) :]

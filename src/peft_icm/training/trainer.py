@@ -220,10 +220,12 @@ class ICMTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:
             super()._save_checkpoint(*args, **kwargs)
-        except RuntimeError as error:  # which torch's writer raises on a full disk, about positions in a file
-            raise OSError(
+        except RuntimeError as error:
+            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise OSError(  # torch's writer tells of a full disk by positions in a file
                 f"The checkpoint of step {self.state.global_step} cannot be written into {self.args.output_dir}"
-                f" ({' '.join(str(error).split())}): if its disk is full make room, and resume from the checkpoint before."
+                f" ({' '.join(str(error).split())}): if its disk is full make room, delete it and resume from the one before."
             ) from error
 
     # ------------------------------------------------------------------ the end
