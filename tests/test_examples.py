@@ -96,6 +96,7 @@ def test_hf_jobs_train_pulls_a_collection_and_pushes_a_generator(hub, token, tmp
     assert tomllib.loads(header.replace("# ", ""))["dependencies"] == ["peft-icm"]  # PEP 723
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub", ["lfs"], indirect=True)
 def test_hf_jobs_train_refuses_before_it_trains(hub, token, tmp_path):
     here = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}

@@ -306,6 +306,7 @@ class TestWithout:
         loaded = ICMGenerator.from_pretrained(tmp_path / "saved")
         assert loaded.sample(torch.randn(8)).isfinite().all()
 
+    @pytest.mark.slow
     def test_phrasings_can_be_switched_off(self, encoder):
         collection = collection_of(llama_layout(), TASKS)
         collection.encode(encoder)

@@ -160,6 +160,7 @@ class TestWithout:
         config = ICMConfig(latent_size=4, hidden_size=16, num_components=4, architecture="direct", context=False)
         assert ICMTrainer(config, arguments(tmp_path), collection=tiny_collection()).generator.text_reader is None
 
+    @pytest.mark.slow
     def test_many_tasks_get_few_phrasings_each(self, encoder):
         few, _ = unheard([["write sonnets"], []], encoder)
         assert [len(part) for part in few] == [HELD_OUT_PHRASINGS, 0]
