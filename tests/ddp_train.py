@@ -1,4 +1,4 @@
-"""Run by torchrun in test_training.py and test_through_task.py: train and write the logged losses."""
+"""Run by torchrun in test_training.py: train and write the logged losses."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def by_reconstruction(folder, batch):
 
 
 def through_tasks(folder, batch, **options):
-    from test_through_task import text_world, trainer
+    from task_worlds import text_world, trainer
 
     return trainer(text_world(folder / "base"), folder / "out", per_device_train_batch_size=batch, ddp_backend="gloo", **options)
 

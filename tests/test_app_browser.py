@@ -7,7 +7,7 @@ import zipfile
 from contextlib import ExitStack
 
 import pytest
-import test_through_task
+import task_worlds
 from PIL import Image
 
 gradio = pytest.importorskip("gradio", reason="the page's browser tests need gradio: pip install -e '.[test,app]'")
@@ -33,7 +33,7 @@ FOREIGN = "knitting patterns for beginners"
 def addresses(tmp_path_factory):
     """Of the bundled generators, and of one that reads examples of a task and no sentence."""
     folder = tmp_path_factory.mktemp("llama")
-    trainer = test_through_task.trainer(test_through_task.text_world(folder), folder / "work")
+    trainer = task_worlds.trainer(task_worlds.text_world(folder), folder / "work")
     trainer.train()
     services = {"examples": Service(trainer.generator, str(folder))}
     # The one that pictures are uploaded to is the last: gradio has one folder of uploads in a process.

@@ -3,7 +3,7 @@
 import io
 
 import pytest
-import test_through_task
+import task_worlds
 import torch
 from PIL import Image
 from test_training import arguments, config, tiny_collection
@@ -19,8 +19,8 @@ def reconstruction(folder, tasks=3, **options):
 
 def through_task(folder, **options):
     (folder / "base").mkdir()
-    world = test_through_task.text_world(folder / "base")
-    return test_through_task.trainer(world, folder / "out", max_steps=4, eval_strategy="steps", eval_steps=2, **options)
+    world = task_worlds.text_world(folder / "base")
+    return task_worlds.trainer(world, folder / "out", max_steps=4, eval_strategy="steps", eval_steps=2, **options)
 
 
 def drawn(trainer):

@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
+from task_worlds import text_world, trainer
 from test_reading import UNKNOWN, delta
-from test_through_task import text_world, trainer
 from test_training import arguments, tiny_collection
 
 from peft_icm import ICMConfig, ICMGenerator, ICMTrainer, UnknownTaskError, UnknownTaskWarning

@@ -1,4 +1,4 @@
-"""Training through the loss of tasks, and adapting to examples, on tiny models of the real classes."""
+"""Training through the loss of tasks, on tiny models of the real classes."""
 
 import copy
 import json
@@ -6,36 +6,19 @@ import logging
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from task_worlds import detection_world, text_world, trainer
 from test_training import arguments
-from tiny import TEXTS, florence_processor, florence_reader, llama, tokenizer
+from tiny import TEXTS, llama
 from transformers import AutoModelForCausalLM
 
-from peft_icm import CollectingArguments, ICMConfig, ICMGenerator, ICMTrainer, collect, save_adapter
-from peft_icm.adapters.examples import collate, example_losses
+from peft_icm import CollectingArguments, ICMConfig, ICMGenerator, ICMTrainer, collect
+from peft_icm.adapters.examples import example_losses
 from peft_icm.cli import main
 from peft_icm.conditioning import HiddenStateEncoder, JoinedEncoder, StatisticsEncoder
 from peft_icm.evaluation.memorisation import memorisation_report
-from peft_icm.generator.prior_fit import Run, fit_runs
 from peft_icm.hub.cards import generator_card
-from peft_icm.tasks.annotated_images import AnnotatedImage
-from peft_icm.tasks.detection import DetectionTask
-from peft_icm.tasks.language_modeling import LanguageModelingTask
-
-NAMES = ("sonnets", "novels", "genesis", "letters")
-COLOURS = ("red", "green", "blue", "white")
-
-
-def text_world(folder):
-    """A Llama on disk with four text tasks: base, tasks, LoRA, and options of their examples."""
-    torch.manual_seed(0)
-    llama(vocab_size=len(tokenizer()), max_position_embeddings=256).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    texts = [*TEXTS, TEXTS[0][::-1]]
-    tasks = [LanguageModelingTask(name, [f"write {name}"], [text], [text]) for name, text in zip(NAMES, texts, strict=True)]
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    return folder, tasks, lora, {"block_size": 32}
 
 
 @pytest.fixture(scope="module")
@@ -45,41 +28,12 @@ def language(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def detection(tmp_path_factory):
-    """A Florence-2 on disk with four classes of coloured squares."""
-    folder = tmp_path_factory.mktemp("florence")
-    torch.manual_seed(0)
-    florence_reader().save_pretrained(folder)
-    florence_processor().save_pretrained(folder)
-    images = []
-    for index in range(24):
-        picture = Image.new("RGB", (32, 32))
-        colour, left = COLOURS[index % 4], index % 3 * 8
-        picture.paste(Image.new("RGB", (8, 8), colour), (left, 8))
-        images.append(AnnotatedImage(picture, [[left, 8, left + 8, 16]], [colour]))
-    tasks = [DetectionTask(colour, [f"detect {colour} squares"], colour, images, images, answer="object") for colour in COLOURS]
-    return folder, tasks, LoraConfig(r=2, target_modules=["q_proj", "fc2", "lm_head"]), {"location_step": 50, "negatives": 1.0}
+    return detection_world(tmp_path_factory.mktemp("florence"))
 
 
 @pytest.fixture(params=["language", "detection"])
 def world(request):
     return request.getfixturevalue(request.param)
-
-
-def trainer(world, folder, tasks=None, model=None, encoder=None, **options):
-    base, found, lora, data = world
-    settings = {
-        "objective": "task", "max_steps": 6, "per_device_train_batch_size": 6, "learning_rate": 5e-3, "dataset_kwargs": data,
-        "max_handful": 2, "logging_steps": 1, **options,
-    }  # fmt: skip
-    return ICMTrainer(
-        model or ICMConfig(latent_size=4, hidden_size=16, num_components=8),
-        arguments(folder, **settings),
-        encoder=encoder or StatisticsEncoder.from_pretrained(str(base)),
-        tasks=tasks or found[:3],
-        eval_tasks=found[3:],
-        base_model=base,
-        lora_config=lora,
-    )
 
 
 def losses(run):
@@ -262,124 +216,6 @@ class TestWrong:
     def test_examples_without_labels(self):
         with pytest.raises(ValueError, match="has input_ids and no labels"):
             example_losses(llama(), {"input_ids": torch.zeros(1, 4, dtype=torch.long)})
-
-
-@pytest.fixture(scope="module")
-def trained(language, detection, tmp_path_factory):
-    """A generator of each world, saved and loaded, with its world."""
-    found = {}
-    for name, world in (("language", language), ("detection", detection)):
-        folder = tmp_path_factory.mktemp(name)
-        run = trainer(world, folder / "work", max_steps=20)
-        run.train()
-        run.generator.save_pretrained(folder / "saved")
-        found[name] = ICMGenerator.from_pretrained(folder / "saved"), world
-    return found
-
-
-@pytest.mark.parametrize("name", ["language", "detection"])
-class TestAdapting:
-    def examples(self, world):
-        _, tasks, _, data = world
-        processor = tokenizer() if isinstance(tasks[3], LanguageModelingTask) else florence_processor()
-        return tasks[3].train_dataset(processor, **data)
-
-    def given(self, world):
-        _, tasks, _, _ = world
-        task = tasks[3]
-        return {"examples": task.train_texts} if isinstance(task, LanguageModelingTask) else {"images": [task.train_images[3].load()]}
-
-    def test_without_examples_it_is_what_is_generated(self, trained, name):
-        generator, world = trained[name]
-        adapted = generator.adapt(seed=3, **self.given(world))
-        generated = generator.generate_adapter(generator=torch.Generator().manual_seed(3), **self.given(world))
-        for one, two in zip(*(get_peft_model_state_dict(model).values() for model in (adapted, generated)), strict=True):
-            assert torch.equal(one, two)
-
-    def test_it_learns_from_examples_and_is_never_worse_than_its_start(self, trained, name):
-        generator, world = trained[name]
-        examples = self.examples(world)
-        rows = [examples[index] for index in range(len(examples))]
-        inputs = collate(rows)
-
-        def loss(model):
-            with torch.no_grad():
-                nats, tokens = example_losses(model, inputs)
-            return float(nats.sum() / tokens.sum())
-
-        start = loss(generator.adapt(**self.given(world)))
-        model = generator.adapt(labelled=rows, steps=24, **self.given(world))
-        assert type(model).__name__.startswith("PeftModel")
-        assert loss(model) < start
-
-    def test_its_card_says_that_it_has_learnt(self, trained, name, tmp_path):
-        generator, world = trained[name]
-        rows = [self.examples(world)[index] for index in range(2)]
-        save_adapter(generator.adapt(labelled=rows, steps=2, **self.given(world)), tmp_path)
-        card = (tmp_path / "README.md").read_text()
-        assert "then fitted to labelled examples" in card and "| fitted to | 2 labelled examples |" in card
-        assert "not trained" not in card and "- generated\n" not in card
-
-    def test_a_loss_that_is_not_finite(self, trained, name):
-        generator, world = trained[name]
-        rows = [self.examples(world)[index] for index in range(2)]
-        given = self.given(world)
-        base = generator.load_base()
-        broken = copy.deepcopy(base)
-        with torch.no_grad():
-            broken.lm_head.weight[0].fill_(torch.nan)
-        with pytest.raises(ValueError, match="The loss of a labelled example is not finite"):
-            generator.adapt(labelled=rows, base_model=broken, **given)
-
-    def test_a_heavy_prior_stays_at_the_start(self, trained, name):
-        generator, world = trained[name]
-        rows = [self.examples(world)[index] for index in range(3)]
-        start = generator.sample(generator.task_vector(**self.given(world)), temperature=0.0)[0].detach()
-        far, near = (
-            fit_runs(
-                generator, generator.load_base(), start, rows, [Run([0, 1], [2], weight)],
-                steps=24, learning_rate=3e-3, seed=0, progress=False,
-            )[1][-1]
-            for weight in (0.0, 1e4)
-        )  # fmt: skip
-        assert 0 < (near - start).norm() < 0.5 * (far - start).norm()
-
-    def test_the_prior_is_fitted_on_tasks_left_out(self, trained, name, tmp_path):
-        generator, world = trained[name]
-        rows = [self.examples(world)[index] for index in range(3)]
-        vector = generator.task_vector(**self.given(world))
-        before = float(generator.network.prior_strength)
-        try:
-            gains = generator.fit_prior([(vector, rows[:2], rows[2:])], counts=(2,), strengths=(1.0, 1e4), steps=4)
-            assert gains[1e4] != gains[1.0]
-            assert float(generator.network.prior_strength) == max(gains, key=gains.get)
-            generator.save_pretrained(tmp_path)
-            assert float(ICMGenerator.from_pretrained(tmp_path).network.prior_strength) == float(generator.network.prior_strength)
-        finally:
-            generator.network.prior_strength.fill_(before)
-        with pytest.raises(ValueError, match="A task has 3 examples and 3 others: 4 and 1 are needed"):
-            generator.fit_prior([(vector, rows, rows)], counts=(2, 4))
-
-    def test_wrong_input(self, trained, name):
-        generator, world = trained[name]
-        rows, given = [self.examples(world)[0]], self.given(world)
-        with pytest.raises(ValueError, match="labelled= has 1 examples: two at least"):
-            generator.adapt(labelled=rows, **given)
-        other = {"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, 2])} | (
-            {} if name == "detection" else {"pixel_values": torch.ones(3, 8, 8)}
-        )
-        with pytest.raises(ValueError, match=r"labelled\[0\] has input_ids, labels.*: make it with its own processor"):
-            generator.adapt(labelled=[other, other], **given)
-        with pytest.raises(ValueError, match=r"prior_weight=-1 must not be negative"):
-            generator.adapt(labelled=rows * 2, prior_weight=-1, **given)
-        model = generator.generate_adapter(**given)
-        for base in (model, model.get_base_model()):
-            with pytest.raises(ValueError, match="base_model carries adapters, of peft"):
-                generator.adapt(labelled=rows * 2, base_model=base, **given)
-        model.merge_adapter()
-        for base in (model, model.get_base_model()):
-            with pytest.raises(ValueError, match="base_model carries adapters that are merged into it"):
-                generator.adapt(labelled=rows * 2, base_model=base, **given)
 
 
 class TestJoined:
