@@ -115,6 +115,12 @@ class TestTaskVectors:
         assert (self.center(tmp_path / "g") - tampered).abs().min() > 0.1
 
 
+def test_a_generator_of_8_bits_from_the_start(work, tmp_path):
+    assert run("train", work / "collection", "-o", tmp_path / "g", "--epochs", 1, "--phrasings", 0, "--basis-dtype", "int8") == 0
+    assert load_file(tmp_path / "g" / "model.safetensors")["network.basis"].dtype == torch.int8
+    assert run("generate", tmp_path / "g", "write sonnets", "-o", tmp_path / "a") == 0
+
+
 def test_from_base_to_hub(work, hub, token, tmp_path, capsys):
     generator, report = tmp_path / "generator", tmp_path / "report.json"
     capsys.readouterr()

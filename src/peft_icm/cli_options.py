@@ -118,6 +118,7 @@ def train_options(p: argparse.ArgumentParser) -> None:
     own("--latent-size", "latent_size", "size of z")
     own("--hidden-size", "hidden_size", "width of the hidden layers")
     own("--num-components", "num_components", "dimensions of the principal subspace; by default from the tasks and P", type=int)
+    own("--basis-dtype", "basis_dtype", "int8: the principal subspace in 8 bits from the start", type=str, choices=("int8",))
     own("--num-conv-layers", "num_conv_layers", "convolutions of the paper's architecture")
     own("--kl-weight", "kl_weight", "weight of the KL term")
     own("--condition-space", "condition_space", "how task vectors are projected; by default lda", type=str, choices=SPACES)
