@@ -63,3 +63,19 @@ def base(tmp_path):
     torch.manual_seed(0)
     llama().save_pretrained(tmp_path / "base")
     return tmp_path / "base"
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    """A world of text tasks on a tiny Llama."""
+    from task_worlds import text_world
+
+    return text_world(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def detection(tmp_path_factory):
+    """A world of detection tasks on a tiny Florence-2."""
+    from task_worlds import detection_world
+
+    return detection_world(tmp_path_factory.mktemp("florence"))

@@ -5,23 +5,13 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model_state_dict
-from task_worlds import detection_world, text_world, trainer
+from task_worlds import trainer
 from tiny import florence_processor, tokenizer
 
 from peft_icm import ICMGenerator, save_adapter
 from peft_icm.adapters.examples import collate, example_losses
 from peft_icm.generator.prior_fit import Run, fit_runs
 from peft_icm.tasks.language_modeling import LanguageModelingTask
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory):
-    return text_world(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def detection(tmp_path_factory):
-    return detection_world(tmp_path_factory.mktemp("florence"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from task_worlds import detection_world, text_world, trainer
+from task_worlds import trainer
 from test_training import arguments
 from tiny import TEXTS, llama
 from transformers import AutoModelForCausalLM
@@ -19,16 +19,6 @@ from peft_icm.cli import main
 from peft_icm.conditioning import HiddenStateEncoder, JoinedEncoder, StatisticsEncoder
 from peft_icm.evaluation.memorisation import memorisation_report
 from peft_icm.hub.cards import generator_card
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory):
-    return text_world(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def detection(tmp_path_factory):
-    return detection_world(tmp_path_factory.mktemp("florence"))
 
 
 @pytest.fixture(params=["language", "detection"])
